@@ -1,1 +1,3 @@
-//! placeholder
+//! The appliance: ingest, control, mounts, and the engine thread behind them.
+
+pub mod engine;
