@@ -238,6 +238,21 @@ impl<'a> FrameView<'a> {
         })
     }
 
+    /// Byte offset within the frame of each slot, in order. Ends early where the structure is
+    /// damaged.
+    pub fn slot_offsets(&self) -> impl Iterator<Item = usize> + use<'a> {
+        let history = self.header.identity.history;
+        self.records()
+            .map_while(Result::ok)
+            .flat_map(move |(range, record)| {
+                let body = range.start + RECORD_HEADER_BYTES;
+                record
+                    .slots(history)
+                    .map_while(Result::ok)
+                    .map(move |(at, _, _)| body + at)
+            })
+    }
+
     /// Checks everything: record order and counts, every slot's hash, the frame's hash.
     ///
     /// # Errors
@@ -427,9 +442,14 @@ impl FrameBuilder {
         let slots = self.slot_hashes.len() - hashes_from;
         let slot_count = u16::try_from(slots).expect("a write has at most 257 slots");
         let body_len = narrow(self.bytes.len() - start - RECORD_HEADER_BYTES);
-        let header = record.encode(slot_count, body_len);
-        put(&mut self.bytes, start, &header);
         let body = start + RECORD_HEADER_BYTES..self.bytes.len();
+        let note = if record.kind.has_slots() {
+            &[]
+        } else {
+            &self.bytes[body.clone()]
+        };
+        let header = record.encode(slot_count, body_len, note);
+        put(&mut self.bytes, start, &header);
         self.parts
             .push((start..body.start, body, hashes_from..self.slot_hashes.len()));
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);

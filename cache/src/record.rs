@@ -16,6 +16,14 @@ pub const WRITE_BYTES_MAX: u64 = 4 << 20;
 pub const NOTE_BYTES_MAX: usize = 64 << 10;
 
 const NAME: &str = "record";
+const CHECK_AT: usize = 76;
+
+fn header_check(header: &[u8], note: &[u8]) -> [u8; 4] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header[..CHECK_AT]);
+    hasher.update(note);
+    array(hasher.finalize().as_bytes(), 0).unwrap_or_default()
+}
 
 /// What a record does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -173,9 +181,11 @@ impl RecordHeader {
         self.length / wide(BLOCK_BYTES)
     }
 
-    /// Writes the header; `slot_count` and `body_len` describe what follows.
+    /// Writes the header; `slot_count` and `body_len` describe what follows. The header carries a
+    /// check of its own, over itself and the note, so that in a damaged frame each record can
+    /// still be told good or bad.
     #[must_use]
-    pub fn encode(&self, slot_count: u16, body_len: u32) -> [u8; RECORD_HEADER_BYTES] {
+    pub fn encode(&self, slot_count: u16, body_len: u32, note: &[u8]) -> [u8; RECORD_HEADER_BYTES] {
         let mut bytes = [0; RECORD_HEADER_BYTES];
         put(&mut bytes, 0, &self.lsn.0.to_le_bytes());
         put(&mut bytes, 8, &self.previous.0.to_le_bytes());
@@ -188,6 +198,8 @@ impl RecordHeader {
         put(&mut bytes, 60, &self.batch.0.to_le_bytes());
         put(&mut bytes, 64, &self.argument.to_le_bytes());
         put(&mut bytes, 72, &body_len.to_le_bytes());
+        let check = header_check(&bytes, note);
+        put(&mut bytes, CHECK_AT, &check);
         bytes
     }
 
@@ -202,7 +214,7 @@ impl RecordHeader {
         let kind = get_u8(bytes, 56)
             .and_then(RecordKind::from_code)
             .ok_or(field("kind"))?;
-        if get_u8(bytes, 57) != Some(0) || get_u32(bytes, 76) != Some(0) {
+        if get_u8(bytes, 57) != Some(0) {
             return Err(field("reserved bytes"));
         }
         let header = Self {

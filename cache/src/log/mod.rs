@@ -1,0 +1,471 @@
+//! The shared, write-ordered log: one place where the writes of all disks become durable, with
+//! group commit. The agent's spool is the same log.
+//!
+//! Invariants
+//! * [`LogOutput::Durable`] is given in append order, and only when the commit that holds the
+//!   frame *and all commits before it* are written and synced.
+//! * A segment's file is written with zeroes, synced and named durably before the first commit goes
+//!   into it; it is never merely allocated.
+//! * At most `commits_in_flight_max` commits are being written; a sync covers only writes that
+//!   completed before it was submitted.
+//! * A commit never follows one of another file that is not durable yet.
+//! * A failed sync or write ends the log: nothing is acknowledged afterwards.
+//! * An idle commit follows the last data within `idle_commit`, so that damage below it is told
+//!   from a torn tail.
+
+mod commit;
+mod prepare;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use afterimage_blockdev::{
+    Capacity, FileId, FileName, Lsn, Monotonic, SegmentId, StorageCompletion, StorageError,
+    StorageOp, StorageOutcome, StoreId, Timestamp, Token,
+};
+
+use crate::error::{CacheError, Damage};
+use crate::frame::Frame;
+use crate::segment::{Directory, SegmentIdentity};
+
+/// How a log behaves.
+#[derive(Clone, Debug)]
+pub struct LogOptions {
+    /// Directory of the segments, below the storage's root.
+    pub directory: String,
+    /// The store or spool that owns the segments.
+    pub store: StoreId,
+    /// Bytes of a segment; room for at least one frame of the largest size that is appended.
+    pub segment_bytes: u64,
+    /// Bytes of all segments together.
+    pub budget_bytes: u64,
+    /// Bytes of the medium that are left free.
+    pub reserve_bytes: u64,
+    /// Bytes of frames that go into one commit.
+    pub commit_bytes_max: u64,
+    /// Commits being written at once.
+    pub commits_in_flight_max: usize,
+    /// How long after the last data the idle commit follows.
+    pub idle_commit: Duration,
+    /// How long after a full medium the next try follows.
+    pub retry: Duration,
+    /// Writes a directory at the end of each full segment. A spool needs none.
+    pub seals: bool,
+    /// Uses the files of released segments again.
+    pub recycles: bool,
+}
+
+impl LogOptions {
+    /// Usual values for the store's log.
+    #[must_use]
+    pub fn new(directory: &str, store: StoreId) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            store,
+            segment_bytes: 64 << 20,
+            budget_bytes: u64::MAX,
+            reserve_bytes: 256 << 20,
+            commit_bytes_max: 4 << 20,
+            commits_in_flight_max: 2,
+            idle_commit: Duration::from_millis(100),
+            retry: Duration::from_secs(1),
+            seals: true,
+            recycles: false,
+        }
+    }
+}
+
+/// Where a frame lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameLocation {
+    /// The segment.
+    pub segment: SegmentId,
+    /// Byte offset of the frame in the segment.
+    pub offset: u64,
+    /// Index of the frame's first slot in the segment.
+    pub first_slot: u32,
+    /// Sequence of the commit.
+    pub sequence: u64,
+}
+
+/// What a log is told.
+#[derive(Debug)]
+pub enum LogInput {
+    /// Begins; commits from this sequence on are given back as `Recovered`. Earlier segments are
+    /// only listed.
+    Start {
+        /// First sequence that is wanted; 0 for all.
+        from_sequence: u64,
+    },
+    /// Appends a frame that was accepted (its hashes verified). Comes back as `Durable`.
+    Append {
+        /// Comes back.
+        token: Token,
+        /// The frame.
+        frame: Frame,
+    },
+    /// A storage operation finished.
+    Storage(StorageCompletion),
+    /// Time has passed.
+    Tick,
+    /// Segments whose commits all lie at or below this sequence are no longer needed.
+    Release {
+        /// That sequence.
+        through_sequence: u64,
+    },
+    /// Makes everything durable, seals, and ends with `Closed`. No append may follow.
+    Close,
+}
+
+/// What a log wants or tells.
+#[derive(Debug)]
+pub enum LogOutput {
+    /// Perform this on the storage and bring the completion back.
+    Storage(Token, StorageOp),
+    /// A frame found at start, in order.
+    Recovered {
+        /// Where it lies.
+        location: FrameLocation,
+        /// The frame.
+        frame: Frame,
+    },
+    /// Commits that were durable are damaged. Later ones are kept.
+    Lost {
+        /// Where the damage begins.
+        segment: SegmentId,
+        /// Byte offset there.
+        offset: u64,
+        /// First sequence lost.
+        first_sequence: u64,
+        /// Last sequence lost.
+        last_sequence: u64,
+        /// What is wrong with the bytes.
+        damage: Damage,
+    },
+    /// Recovery is done; appends may follow.
+    Ready {
+        /// Sequence of the last commit that was kept.
+        last_sequence: u64,
+        /// The segments that are there, oldest first.
+        segments: Vec<SegmentId>,
+    },
+    /// A frame is durable, and all before it.
+    Durable {
+        /// The token of its append.
+        token: Token,
+        /// Where it lies.
+        location: FrameLocation,
+        /// The frame, back again.
+        frame: Frame,
+    },
+    /// A segment got its directory and will not change any more.
+    Sealed {
+        /// The segment.
+        segment: SegmentId,
+        /// Bytes of its file.
+        bytes: u64,
+    },
+    /// There is no room for another segment. Appends wait.
+    Paused {
+        /// Says whether the budget, not the medium, is used up.
+        is_budget: bool,
+    },
+    /// There is room again.
+    Resumed,
+    /// A segment's file is gone or used again.
+    Released {
+        /// The segment.
+        segment: SegmentId,
+    },
+    /// Call `step` with `Tick` at this time at the latest.
+    WakeAt(Monotonic),
+    /// The log cannot go on; reopen it.
+    Failed(CacheError),
+    /// `Close` is done.
+    Closed,
+}
+
+/// A segment that is not being written.
+#[derive(Clone, Copy, Debug)]
+struct OldSegment {
+    id: SegmentId,
+    generation: u64,
+    /// 0 when it holds no commit.
+    last_sequence: u64,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct ActiveSegment {
+    identity: SegmentIdentity,
+    file: FileId,
+    first_sequence: u64,
+    write_at: u64,
+    slots: u32,
+    directory: Directory,
+    root: blake3::Hasher,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    sequence: u64,
+    offset: u64,
+    first_slot: u32,
+    /// The `durable_through` that it carries.
+    carries: u64,
+    frames: Vec<(Token, FrameLocation, Frame)>,
+    is_written: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pending {
+    Recover,
+    Prepare,
+    Header,
+    Commit { sequence: u64 },
+    Sync { through: u64 },
+    Seal(SealStep),
+    Release,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum SealStep {
+    Open,
+    Write,
+    Shorten,
+    Sync,
+    Close,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    New,
+    Recovering,
+    Running,
+    Closing,
+    Closed,
+    Failed,
+}
+
+/// The log. See the module's text.
+#[derive(Debug)]
+pub struct Log {
+    options: LogOptions,
+    phase: Phase,
+    now: Monotonic,
+    next_token: u64,
+    pending: HashMap<Token, Pending>,
+    recovery: recover::Recovery,
+    prepare: prepare::Prepare,
+    active: Option<ActiveSegment>,
+    /// Being sealed, oldest first.
+    sealing: VecDeque<commit::Sealing>,
+    /// Found at start without a directory; sealed once a new segment's header is durable.
+    unsealed: Vec<commit::Sealing>,
+    old: VecDeque<OldSegment>,
+    next_segment: u32,
+    next_sequence: u64,
+    durable_through: u64,
+    /// Highest `durable_through` that a durable commit carries.
+    marked_through: u64,
+    last_data_sequence: u64,
+    last_data_at: Monotonic,
+    queue: VecDeque<(Token, Frame)>,
+    queue_bytes: u64,
+    in_flight: VecDeque<InFlight>,
+    is_syncing: bool,
+    is_paused: bool,
+    retry_commit: Option<(u64, Monotonic)>,
+    spare_buffers: Vec<afterimage_blockdev::IoBuffer>,
+    wall: Timestamp,
+}
+
+impl Log {
+    /// Makes a log that has not looked at its storage yet.
+    #[must_use]
+    pub fn new(options: LogOptions) -> Self {
+        Self {
+            options,
+            phase: Phase::New,
+            now: Monotonic(0),
+            next_token: 1,
+            pending: HashMap::new(),
+            recovery: recover::Recovery::default(),
+            prepare: prepare::Prepare::default(),
+            active: None,
+            sealing: VecDeque::new(),
+            unsealed: Vec::new(),
+            old: VecDeque::new(),
+            next_segment: 1,
+            next_sequence: 1,
+            durable_through: 0,
+            marked_through: 0,
+            last_data_sequence: 0,
+            last_data_at: Monotonic(0),
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            in_flight: VecDeque::new(),
+            is_syncing: false,
+            is_paused: false,
+            retry_commit: None,
+            spare_buffers: Vec::new(),
+            wall: Timestamp(0),
+        }
+    }
+
+    /// Bytes of frames that wait or are being written.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        self.queue_bytes
+    }
+
+    /// Bytes of all segment files.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        let live = u64::from(self.active.is_some()) + self.prepare.is_begun();
+        let sealing: u64 = self
+            .sealing
+            .iter()
+            .map(|_| self.options.segment_bytes)
+            .sum();
+        self.old.iter().map(|old| old.bytes).sum::<u64>()
+            + sealing
+            + live * self.options.segment_bytes
+    }
+
+    /// Highest sequence that is durable.
+    #[must_use]
+    pub fn durable_through(&self) -> u64 {
+        self.durable_through
+    }
+
+    /// Says whether appends wait for room.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Sets the wall time that new segments carry, for people who read them.
+    pub fn set_wall_time(&mut self, wall: Timestamp) {
+        self.wall = wall;
+    }
+
+    /// Takes one input; what it leads to is appended to `out`, in order.
+    pub fn step(&mut self, now: Monotonic, input: LogInput, out: &mut Vec<LogOutput>) {
+        self.now = now;
+        if matches!(self.phase, Phase::Failed | Phase::Closed) {
+            return;
+        }
+        match input {
+            LogInput::Start { from_sequence } => self.start(from_sequence, out),
+            LogInput::Append { token, frame } => self.append(token, frame),
+            LogInput::Storage(completion) => self.storage(completion, out),
+            LogInput::Tick => {}
+            LogInput::Release { through_sequence } => self.release(through_sequence, out),
+            LogInput::Close => self.phase = Phase::Closing,
+        }
+        if matches!(self.phase, Phase::Running | Phase::Closing) {
+            self.advance(out);
+        }
+    }
+
+    fn append(&mut self, token: Token, frame: Frame) {
+        assert!(self.phase == Phase::Running, "append while the log runs");
+        self.queue_bytes += frame.bytes.len() as u64;
+        self.queue.push_back((token, frame));
+    }
+
+    fn submit(&mut self, pending: Pending, op: StorageOp, out: &mut Vec<LogOutput>) {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        self.pending.insert(token, pending);
+        out.push(LogOutput::Storage(token, op));
+    }
+
+    fn fail(&mut self, error: CacheError, out: &mut Vec<LogOutput>) {
+        self.phase = Phase::Failed;
+        out.push(LogOutput::Failed(error));
+    }
+
+    fn storage(&mut self, completion: StorageCompletion, out: &mut Vec<LogOutput>) {
+        let Some(pending) = self.pending.remove(&completion.token) else {
+            return;
+        };
+        match pending {
+            Pending::Recover => self.recover_step(completion.result, out),
+            Pending::Prepare => self.prepare_step(completion.result, out),
+            Pending::Release => {
+                // A file that could not be removed now is found and listed again at start.
+            }
+            Pending::Header => match completion.result {
+                Ok(_) => self.header_written(),
+                Err(error) => self.fail(error.into(), out),
+            },
+            Pending::Commit { sequence } => self.commit_written(sequence, completion.result, out),
+            Pending::Sync { through } => self.synced(through, completion.result, out),
+            Pending::Seal(step) => self.seal_step(step, completion.result, out),
+        }
+    }
+
+    /// Does all that can be done now.
+    fn advance(&mut self, out: &mut Vec<LogOutput>) {
+        self.prepare_next(out);
+        self.activate(out);
+        self.write_commits(out);
+        self.sync(out);
+        self.idle_commit(out);
+        self.close_if_done(out);
+    }
+
+    fn release(&mut self, through: u64, out: &mut Vec<LogOutput>) {
+        while let Some(old) = self.old.front().copied() {
+            if old.last_sequence > through {
+                break;
+            }
+            self.old.pop_front();
+            let name = self.file_name(old.id);
+            if self.options.recycles && self.prepare.can_recycle() && !self.options.seals {
+                self.recycle(old, out);
+            } else {
+                self.submit(Pending::Release, StorageOp::Remove { name }, out);
+            }
+            out.push(LogOutput::Released { segment: old.id });
+        }
+    }
+
+    fn file_name(&self, id: SegmentId) -> FileName {
+        crate::segment::segment_file(&self.options.directory, id)
+    }
+
+    fn directory_op(&self) -> StorageOp {
+        StorageOp::SyncDirectory {
+            directory: self.options.directory.clone(),
+        }
+    }
+}
+
+/// What an `Open` or `Create` gives.
+fn opened(outcome: StorageOutcome) -> Option<(FileId, u64)> {
+    match outcome {
+        StorageOutcome::Opened { file, length } => Some((file, length)),
+        _ => None,
+    }
+}
+
+fn capacity(outcome: StorageOutcome) -> Option<Capacity> {
+    match outcome {
+        StorageOutcome::Capacity(capacity) => Some(capacity),
+        _ => None,
+    }
+}
+
+/// The highest LSN that a frame ends with; for messages.
+#[must_use]
+pub fn last_lsn(frame: &Frame) -> Lsn {
+    frame.header.last
+}
+
+type StorageResult = Result<StorageOutcome, StorageError>;
