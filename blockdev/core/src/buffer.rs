@@ -37,8 +37,14 @@ impl IoBuffer {
         let layout = Self::layout(capacity);
         // SAFETY: the layout's size is not zero.
         let raw = unsafe { alloc_zeroed(layout) };
-        let Some(address) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Self { address, capacity, len }
+        let Some(address) = NonNull::new(raw) else {
+            handle_alloc_error(layout)
+        };
+        Self {
+            address,
+            capacity,
+            len,
+        }
     }
 
     /// Makes a buffer that holds a copy of `bytes`.
@@ -74,7 +80,11 @@ impl IoBuffer {
     /// # Panics
     /// When `len` is above the capacity.
     pub fn set_len(&mut self, len: usize) {
-        assert!(len <= self.capacity, "buffer length {len} above capacity {}", self.capacity);
+        assert!(
+            len <= self.capacity,
+            "buffer length {len} above capacity {}",
+            self.capacity
+        );
         self.len = len;
     }
 

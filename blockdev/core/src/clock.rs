@@ -51,7 +51,9 @@ pub trait Entropy: Send + Sync {
     fn identity(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
         self.fill(&mut bytes);
-        uuid::Builder::from_random_bytes(bytes).into_uuid().into_bytes()
+        uuid::Builder::from_random_bytes(bytes)
+            .into_uuid()
+            .into_bytes()
     }
 }
 
@@ -63,7 +65,9 @@ pub struct SystemClock {
 
 impl Default for SystemClock {
     fn default() -> Self {
-        Self { origin: std::time::Instant::now() }
+        Self {
+            origin: std::time::Instant::now(),
+        }
     }
 }
 
@@ -73,7 +77,9 @@ impl Clock for SystemClock {
     }
 
     fn wall(&self) -> Timestamp {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since_epoch = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Timestamp(nanoseconds(since_epoch))
     }
 }

@@ -224,7 +224,12 @@ impl BlockOp {
     #[must_use]
     pub fn error(&self, kind: BlockErrorKind) -> BlockError {
         let (operation, offset, length) = self.describe();
-        BlockError { operation, offset, length, kind }
+        BlockError {
+            operation,
+            offset,
+            length,
+            kind,
+        }
     }
 
     /// Checks range, alignment and permission against a device, before anything is touched.
@@ -246,9 +251,15 @@ impl BlockOp {
             _ => {
                 offset.is_multiple_of(block)
                     && length.is_multiple_of(block)
-                    && offset.checked_add(length).is_some_and(|end| end <= geometry.size_bytes)
+                    && offset
+                        .checked_add(length)
+                        .is_some_and(|end| end <= geometry.size_bytes)
             }
         };
-        if is_legal { Ok(()) } else { Err(self.error(BlockErrorKind::Range)) }
+        if is_legal {
+            Ok(())
+        } else {
+            Err(self.error(BlockErrorKind::Range))
+        }
     }
 }

@@ -7,11 +7,18 @@
 //! This crate knows nothing of replication: no history is interpreted here, no record, no network.
 
 pub mod buffer;
+mod check;
 pub mod clock;
+#[cfg(test)]
+mod conformance;
+mod convert;
 pub mod device;
 pub mod id;
 pub mod memory;
 pub mod overlay;
+mod pages;
+pub mod random;
+pub mod range_lock;
 pub mod real;
 pub mod simulated;
 pub mod size;
@@ -21,12 +28,21 @@ pub mod wait;
 pub use buffer::IoBuffer;
 pub use clock::{Clock, Entropy, Monotonic, SystemClock, SystemEntropy, Timestamp};
 pub use device::{
-    BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockErrorKind, BlockOp, BlockOutcome,
-    Extent, ExtentKind, Geometry,
+    BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockErrorKind, BlockOp,
+    BlockOutcome, Extent, ExtentKind, Geometry,
 };
 pub use id::{
     AgentId, BatchId, DiskId, Epoch, HistoryId, KeyId, Lsn, MachineId, PointId, SegmentId,
     SlotIndex, StoreId, Token,
+};
+pub use memory::{MemoryDevice, MemoryStorage};
+pub use overlay::Overlay;
+pub use random::Random;
+pub use range_lock::{RangeGuard, RangeLock, RangeWaiter};
+pub use real::{Backend, DeviceOptions, DirectoryLock, RealDevice, RealOptions, RealStorage};
+pub use simulated::{
+    CompletionOrder, Fault, FaultEffect, SeededEntropy, SimulatedClock, SimulatedOptions,
+    SimulatedStorage,
 };
 pub use size::{BLOCK_BYTES, BlockIndex, CELL_BLOCKS, CELL_BYTES, CellIndex};
 pub use storage::{

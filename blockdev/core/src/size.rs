@@ -41,7 +41,7 @@ impl BlockIndex {
 
     /// Position of the block within its cell, 0 to 3.
     pub fn within_cell(self) -> u8 {
-        (self.0 % CELL_BLOCKS as u64) as u8
+        u8::try_from(self.0 % CELL_BLOCKS as u64).expect("below the blocks of a cell")
     }
 }
 

@@ -44,7 +44,9 @@ impl FileName {
         let is_legal = |part: &str| {
             !part.is_empty()
                 && !part.starts_with('.')
-                && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
         };
         name.split('/').all(is_legal).then(|| Self(Arc::from(name)))
     }
@@ -58,7 +60,9 @@ impl FileName {
     /// The directory part; empty for the root.
     #[must_use]
     pub fn directory(&self) -> &str {
-        self.0.rsplit_once('/').map_or("", |(directory, _)| directory)
+        self.0
+            .rsplit_once('/')
+            .map_or("", |(directory, _)| directory)
     }
 
     /// The part after the last slash.

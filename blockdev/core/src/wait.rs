@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use crate::device::{BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockOp, BlockOutcome};
+use crate::device::{
+    BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockOp, BlockOutcome,
+};
 use crate::id::Token;
 use crate::storage::{
     Storage, StorageCompleter, StorageCompletion, StorageError, StorageOp, StorageOutcome,
@@ -33,7 +35,10 @@ impl BlockCompleter for Forward<BlockCompletion> {
 pub fn storage(storage: &dyn Storage, op: StorageOp) -> Result<StorageOutcome, StorageError> {
     let (sender, receiver) = channel();
     storage.submit(Token(0), op, Arc::new(Forward(sender)));
-    receiver.recv().expect("a storage completes every operation").result
+    receiver
+        .recv()
+        .expect("a storage completes every operation")
+        .result
 }
 
 /// Performs one device request and waits for it.
@@ -46,5 +51,8 @@ pub fn storage(storage: &dyn Storage, op: StorageOp) -> Result<StorageOutcome, S
 pub fn device(device: &dyn BlockDevice, op: BlockOp) -> Result<BlockOutcome, BlockError> {
     let (sender, receiver) = channel();
     device.submit(Token(0), op, Arc::new(Forward(sender)));
-    receiver.recv().expect("a device completes every request").result
+    receiver
+        .recv()
+        .expect("a device completes every request")
+        .result
 }
