@@ -1,0 +1,293 @@
+//! Requests on open files. Each owns its reply, and answers from whichever thread completes it.
+
+use std::sync::Arc;
+
+use afterimage_blockdev::{
+    BlockCompleter, BlockCompletion, BlockError, BlockOp, BlockOutcome, IoBuffer, Token,
+};
+use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
+use parking_lot::Mutex;
+
+use super::chain;
+use super::file::OpenFile;
+use super::patch::{Patch, Zero};
+
+/// Makes an error number that the kernel takes as the answer to one request only. `ENOSYS` would
+/// switch the operation off for good, with success for every later fsync; numbers from 512 on
+/// are the kernel's own, and it would drop the answer.
+pub(super) fn errno(number: i32) -> Errno {
+    match number {
+        libc::ENOSYS => Errno::EIO,
+        1..512 => Errno::from_i32(number),
+        _ => Errno::EIO,
+    }
+}
+
+/// Logs a failed request, and gives the number to answer.
+pub(super) fn failed(error: &BlockError) -> Errno {
+    tracing::debug!(%error, "request on an exported file failed");
+    errno(error.errno())
+}
+
+struct ReadDone {
+    reply: Mutex<Option<ReplyData>>,
+    /// Bytes before the wanted ones, of the widened read.
+    skip: usize,
+    take: usize,
+}
+
+impl BlockCompleter for ReadDone {
+    fn complete(&self, completion: BlockCompletion) {
+        let Some(reply) = self.reply.lock().take() else {
+            return;
+        };
+        match completion.result {
+            Ok(BlockOutcome::Data(buffer)) => match buffer.get(self.skip..self.skip + self.take) {
+                Some(bytes) => reply.data(bytes),
+                None => reply.error(Errno::EIO),
+            },
+            Ok(_) => reply.error(Errno::EIO),
+            Err(error) => reply.error(failed(&error)),
+        }
+    }
+}
+
+/// Reads any range; what lies beyond the end is cut off.
+pub(super) fn read(file: &OpenFile, token: Token, offset: u64, length: u32, reply: ReplyData) {
+    let wanted_end = offset.saturating_add(u64::from(length));
+    let end = wanted_end.min(file.size_reaching(wanted_end));
+    if offset >= end {
+        return reply.data(&[]);
+    }
+    let start = file.align_down(offset);
+    // The widened read is at most the request and two blocks, so that both fit.
+    let (Ok(bytes), Ok(skip), Ok(take)) = (
+        usize::try_from(file.align_up(end) - start),
+        usize::try_from(offset - start),
+        usize::try_from(end - offset),
+    ) else {
+        return reply.error(Errno::EINVAL);
+    };
+    let op = BlockOp::Read {
+        offset: start,
+        buffer: IoBuffer::zeroed(bytes),
+    };
+    let done = ReadDone {
+        reply: Mutex::new(Some(reply)),
+        skip,
+        take,
+    };
+    file.device.submit(token, op, Arc::new(done));
+}
+
+struct WriteDone {
+    reply: Mutex<Option<ReplyWrite>>,
+    file: Arc<OpenFile>,
+    length: u32,
+}
+
+impl BlockCompleter for WriteDone {
+    fn complete(&self, completion: BlockCompletion) {
+        let Some(reply) = self.reply.lock().take() else {
+            return;
+        };
+        self.file.gate.leave_shared();
+        match completion.result {
+            Ok(_) => reply.written(self.length),
+            Err(error) => reply.error(failed(&error)),
+        }
+    }
+}
+
+/// Writes any range within the device. With `fua` it is durable when answered.
+pub(super) fn write(
+    file: Arc<OpenFile>,
+    token: Token,
+    offset: u64,
+    data: &[u8],
+    fua: bool,
+    reply: ReplyWrite,
+) {
+    let Ok(length) = u32::try_from(data.len()) else {
+        return reply.error(Errno::EINVAL);
+    };
+    let Some(end) = offset.checked_add(u64::from(length)) else {
+        return reply.error(Errno::EFBIG);
+    };
+    if !file.is_writable {
+        return reply.error(Errno::EBADF);
+    }
+    if end > file.size_reaching(end) {
+        return reply.error(Errno::EFBIG);
+    }
+    if length == 0 {
+        return reply.written(0);
+    }
+    let buffer = IoBuffer::copy_of(data);
+    let gate = Arc::clone(&file.gate);
+    if file.is_aligned(offset, u64::from(length)) {
+        gate.enter_shared(move || {
+            let device = Arc::clone(&file.device);
+            let done = WriteDone {
+                reply: Mutex::new(Some(reply)),
+                file,
+                length,
+            };
+            device.submit(
+                token,
+                BlockOp::Write {
+                    offset,
+                    buffer,
+                    fua,
+                },
+                Arc::new(done),
+            );
+        });
+    } else {
+        gate.enter_alone(move || {
+            let device = Arc::clone(&file.device);
+            let job = Patch::new(file, offset, buffer, fua, move |result| match result {
+                Ok(()) => reply.written(length),
+                Err(error) => reply.error(failed(&error)),
+            });
+            chain::run(device, token, Box::new(job));
+        });
+    }
+}
+
+struct EmptyDone {
+    reply: Mutex<Option<ReplyEmpty>>,
+    /// The file whose gate the request passed; none for a flush, which passes no gate.
+    gated: Option<Arc<OpenFile>>,
+}
+
+impl BlockCompleter for EmptyDone {
+    fn complete(&self, completion: BlockCompletion) {
+        let Some(reply) = self.reply.lock().take() else {
+            return;
+        };
+        if let Some(file) = &self.gated {
+            file.gate.leave_shared();
+        }
+        match completion.result {
+            Ok(_) => reply.ok(),
+            Err(error) => reply.error(failed(&error)),
+        }
+    }
+}
+
+/// Makes what was written durable.
+pub(super) fn flush(file: &OpenFile, token: Token, reply: ReplyEmpty) {
+    let done = EmptyDone {
+        reply: Mutex::new(Some(reply)),
+        gated: None,
+    };
+    file.device.submit(token, BlockOp::Flush, Arc::new(done));
+}
+
+/// The two ways in which `fallocate` makes zeroes of a range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ZeroKind {
+    /// The room is given up.
+    Discard,
+    /// The room is kept.
+    WriteZeroes,
+}
+
+impl ZeroKind {
+    /// Understands the mode of `fallocate`.
+    pub(super) fn from_mode(mode: i32) -> Option<Self> {
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        match mode & !libc::FALLOC_FL_KEEP_SIZE {
+            libc::FALLOC_FL_PUNCH_HOLE if mode == punch => Some(Self::Discard),
+            libc::FALLOC_FL_ZERO_RANGE => Some(Self::WriteZeroes),
+            _ => None,
+        }
+    }
+
+    /// Makes the request for a range of whole blocks.
+    pub(super) fn op(self, offset: u64, length: u64) -> BlockOp {
+        match self {
+            Self::Discard => BlockOp::Discard { offset, length },
+            Self::WriteZeroes => BlockOp::WriteZeroes {
+                offset,
+                length,
+                may_unmap: false,
+            },
+        }
+    }
+}
+
+/// Makes a range read as zero; what lies beyond the end is cut off.
+pub(super) fn zero(
+    file: Arc<OpenFile>,
+    token: Token,
+    kind: ZeroKind,
+    offset: u64,
+    length: u64,
+    reply: ReplyEmpty,
+) {
+    let wanted_end = offset.saturating_add(length);
+    let end = wanted_end.min(file.size_reaching(wanted_end));
+    if !file.is_writable {
+        return reply.error(Errno::EBADF);
+    }
+    if offset >= end {
+        return reply.ok();
+    }
+    let gate = Arc::clone(&file.gate);
+    if file.is_aligned(offset, end - offset) {
+        gate.enter_shared(move || {
+            let device = Arc::clone(&file.device);
+            let done = EmptyDone {
+                reply: Mutex::new(Some(reply)),
+                gated: Some(file),
+            };
+            device.submit(token, kind.op(offset, end - offset), Arc::new(done));
+        });
+    } else {
+        gate.enter_alone(move || {
+            let device = Arc::clone(&file.device);
+            let job = Zero::new(file, kind, offset, end, move |result| match result {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(failed(&error)),
+            });
+            chain::run(device, token, Box::new(job));
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_error_number_switches_an_operation_off_or_gets_lost() {
+        assert_eq!(errno(libc::ENOSYS), Errno::EIO);
+        assert_eq!(errno(libc::ENOSPC), Errno::ENOSPC);
+        for number in [0, -5, 512, i32::MAX, i32::MIN] {
+            assert_eq!(errno(number), Errno::EIO);
+        }
+    }
+
+    #[test]
+    fn modes_of_fallocate() {
+        let keep = libc::FALLOC_FL_KEEP_SIZE;
+        let (punch, zero) = (libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE);
+        assert_eq!(ZeroKind::from_mode(punch | keep), Some(ZeroKind::Discard));
+        assert_eq!(
+            ZeroKind::from_mode(zero | keep),
+            Some(ZeroKind::WriteZeroes)
+        );
+        assert_eq!(ZeroKind::from_mode(zero), Some(ZeroKind::WriteZeroes));
+        for mode in [
+            0,
+            keep,
+            punch,
+            libc::FALLOC_FL_COLLAPSE_RANGE,
+            punch | zero | keep,
+        ] {
+            assert_eq!(ZeroKind::from_mode(mode), None);
+        }
+    }
+}

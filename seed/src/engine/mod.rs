@@ -1,0 +1,836 @@
+//! The seed engine: `step(now, input) -> outputs`.
+//!
+//! It owns the shared log and the manifest, applies what is durable to the map, and answers what a
+//! snapshot of any disk at any (history, LSN) consists of.
+//!
+//! Invariants
+//! * A stream is told that an LSN is durable only after the log said so for its frame and all
+//!   frames of the stream before it.
+//! * A bulk frame is acknowledged only after its seed segment is synced and the manifest names it.
+//! * A point exists from the durability of its manifest commit, which follows that of its cut.
+//! * Within a history received LSNs only increase; a gap is allowed only before an epoch's first
+//!   record. A frame of an older epoch than the newest one accepted is refused.
+//! * A snapshot never changes: it is made of sealed sections, and what is open is sealed (in
+//!   memory) when a snapshot is taken.
+//!
+//! What may run beside what
+//!
+//! | | append | bulk | flush | snapshot | point |
+//! |---|---|---|---|---|---|
+//! | flush | heads were sealed at its begin | its parts were taken at its begin | never two | sees the sealed parts until the run replaces them | one manifest chain |
+
+mod apply;
+mod bulk;
+mod flush;
+mod ingest;
+mod points;
+mod start;
+mod state;
+mod status;
+mod views;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_blockdev::{
+    AgentId, Clock, DiskId, Entropy, Epoch, HistoryId, KeyId, Lsn, MachineId, Monotonic, PointId,
+    SegmentId, Storage, StorageCompletion, StorageOp, StoreId, Timestamp, Token,
+};
+use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
+use afterimage_cache::{DiskKey, Frame, KeySource};
+use parking_lot::RwLock;
+
+use crate::error::SeedError;
+use crate::manifest::{Edit, Manifest, ManifestOutput, PointKind, PointRecord};
+use crate::reader::{Reader, ReaderOptions};
+use crate::reference::{At, Reference};
+use crate::run::RunId;
+use crate::section::Snapshot;
+use state::{DiskState, HistoryEntry, MachineState};
+
+pub use status::{DiskInfo, EngineInfo, HistoryInfo, MachineInfo, Reach};
+
+/// Bounds and timers of an engine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Wraps the keys of all disks.
+    pub store_key: [u8; 32],
+    /// Bytes that the log may take.
+    pub budget_bytes: u64,
+    /// Bytes of the medium that are left free.
+    pub reserve_bytes: u64,
+    /// Bytes of a log segment.
+    pub segment_bytes: u64,
+    /// Bytes after which a seed segment is sealed.
+    pub bulk_segment_bytes: u64,
+    /// Age at which a seed segment is sealed whatever its size.
+    pub bulk_age: Duration,
+    /// Open map entries, over all disks, at which a run is written.
+    pub flush_entries: usize,
+    /// How long after the last data the log writes an idle commit.
+    pub idle_commit: Duration,
+    /// Wait before a full medium is tried again.
+    pub retry: Duration,
+    /// Time between crash marks.
+    pub crash_mark_interval: Duration,
+    /// Grain of the mapping from time to LSN.
+    pub time_grain: Duration,
+    /// Bounds of reading.
+    pub reader: ReaderOptions,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            store_key: [0; 32],
+            budget_bytes: u64::MAX,
+            reserve_bytes: 256 << 20,
+            segment_bytes: 64 << 20,
+            bulk_segment_bytes: 64 << 20,
+            bulk_age: Duration::from_millis(50),
+            flush_entries: 1 << 20,
+            idle_commit: Duration::from_millis(100),
+            retry: Duration::from_secs(1),
+            crash_mark_interval: Duration::from_secs(300),
+            time_grain: Duration::from_millis(100),
+            reader: ReaderOptions::default(),
+        }
+    }
+}
+
+/// Names a request; comes back with its reply.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// Names an open stream.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct StreamNumber(pub u64);
+
+/// What the engine is asked.
+#[derive(Debug)]
+pub enum Request {
+    /// Opens the stream of a history as its writer.
+    OpenStream {
+        /// The machine.
+        machine: MachineId,
+        /// Its name.
+        name: String,
+        /// The history.
+        history: HistoryId,
+        /// Where it forked off.
+        parent: Option<(HistoryId, Lsn)>,
+        /// Who makes the records.
+        origin: AgentId,
+        /// The writer's epoch.
+        epoch: Epoch,
+    },
+    /// Ends a stream.
+    CloseStream(StreamNumber),
+    /// Declares a disk of a stream's machine.
+    DeclareDisk {
+        /// The stream.
+        stream: StreamNumber,
+        /// The disk.
+        disk: DiskId,
+        /// Its name.
+        name: String,
+        /// Its size.
+        size_bytes: u64,
+        /// Smallest unit of a request.
+        logical_block_bytes: u32,
+    },
+    /// Names a cut: the present one (by a mark, when a stream is open), or one that is given.
+    CreatePoint {
+        /// The machine's name or identity.
+        machine: String,
+        /// The point's name.
+        name: Option<String>,
+        /// The cut.
+        at: Option<At>,
+    },
+    /// Deletes a point.
+    DeletePoint {
+        /// The machine's name or identity.
+        machine: String,
+        /// The point's name.
+        name: String,
+    },
+    /// Lists points.
+    ListPoints {
+        /// The machine's name or identity.
+        machine: String,
+        /// Those after this one.
+        after: PointId,
+        /// At most so many.
+        limit: usize,
+    },
+    /// Takes a snapshot.
+    Snapshot {
+        /// Of what.
+        reference: Reference,
+        /// Also inside an unfinished copy.
+        allow_incomplete: bool,
+    },
+    /// Takes a snapshot of the newest state of a disk, as it is, for comparing.
+    NewestState {
+        /// The stream whose machine it is.
+        stream: StreamNumber,
+        /// The disk.
+        disk: DiskId,
+    },
+    /// Forks a history.
+    Fork {
+        /// From where.
+        reference: Reference,
+        /// Also inside an unfinished copy.
+        allow_incomplete: bool,
+    },
+    /// Drops a branch.
+    DropBranch(HistoryId),
+    /// Takes a machine away from its writer.
+    Fence {
+        /// The machine.
+        machine: MachineId,
+        /// Who may write from now on.
+        holder: AgentId,
+    },
+    /// Describes everything.
+    Info,
+    /// Lists the files that count, for verification.
+    Files,
+}
+
+/// An opened stream.
+#[derive(Clone, Debug)]
+pub struct OpenedStream {
+    /// The stream.
+    pub stream: StreamNumber,
+    /// Highest durable LSN.
+    pub durable: Lsn,
+    /// Highest LSN seen, bulk included.
+    pub highest: Lsn,
+    /// Keys the content tags.
+    pub tag_key: [u8; 32],
+}
+
+/// A declared disk.
+#[derive(Clone, Debug)]
+pub struct DeclaredDisk {
+    /// Its key.
+    pub key: DiskKey,
+    /// A whole copy is here.
+    pub has_copy: bool,
+    /// A batch of it was begun and not ended.
+    pub is_in_batch: bool,
+    /// Durable bulk of that batch, as ranges of blocks.
+    pub bulk_done: Vec<(u64, u64)>,
+}
+
+/// A snapshot and how it came about.
+#[derive(Clone, Debug)]
+pub struct TakenSnapshot {
+    /// The snapshot.
+    pub snapshot: Arc<Snapshot>,
+    /// The machine.
+    pub machine: MachineId,
+    /// Time of its LSN.
+    pub time: Timestamp,
+    /// What was asked for was inside a batch.
+    pub resolved_to_batch_begin: bool,
+    /// The machine's tag key.
+    pub tag_key: [u8; 32],
+}
+
+/// A forked history.
+#[derive(Clone, Debug)]
+pub struct ForkedBranch {
+    /// The stream on which the branch writes.
+    pub stream: OpenedStream,
+    /// The branch's history.
+    pub history: HistoryId,
+    /// The state it began with, seen as the branch.
+    pub taken: TakenSnapshot,
+    /// The history forked from.
+    pub parent: HistoryId,
+    /// The LSN forked from.
+    pub fork: Lsn,
+    /// The disk's key.
+    pub key: DiskKey,
+    /// The writer.
+    pub origin: AgentId,
+}
+
+/// A file of the store that counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StoreFile {
+    /// A segment of the log.
+    Log(SegmentId),
+    /// A seed segment.
+    Seed(SegmentId),
+    /// A run.
+    Run(RunId),
+}
+
+/// An answer.
+#[derive(Debug)]
+pub enum Response {
+    /// Of `OpenStream`.
+    Stream(OpenedStream),
+    /// Of `DeclareDisk`.
+    Disk(DeclaredDisk),
+    /// Of `CreatePoint`.
+    Point(PointRecord),
+    /// Of `ListPoints`: the page and how many there are.
+    Points(Vec<PointRecord>, u64),
+    /// Of `Snapshot` and `NewestState`.
+    Snapshot(TakenSnapshot),
+    /// Of `Fork`.
+    Branch(Box<ForkedBranch>),
+    /// Of `Info`.
+    Info(EngineInfo),
+    /// Of `Files`.
+    Files(Vec<StoreFile>),
+    /// Of all others.
+    Done,
+}
+
+/// Why a stream ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StreamEnd {
+    /// Another writer has a newer epoch.
+    Fenced,
+    /// A frame did not follow what is here: expected and found.
+    Gap(Lsn, Lsn),
+    /// A frame contradicts what is here.
+    Damaged,
+}
+
+/// What happened to a stream.
+#[derive(Debug)]
+pub enum Event {
+    /// Everything up to here is durable.
+    Durable {
+        /// The stream.
+        stream: StreamNumber,
+        /// The LSN.
+        durable: Lsn,
+        /// Bytes of the stream that still wait.
+        queued_bytes: u64,
+    },
+    /// A bulk frame is durable.
+    BulkDurable {
+        /// The stream.
+        stream: StreamNumber,
+        /// Its number.
+        number: u64,
+        /// Bytes of the stream that still wait.
+        queued_bytes: u64,
+    },
+    /// A mark is wanted.
+    PlaceMark {
+        /// The stream.
+        stream: StreamNumber,
+        /// Comes back as the mark's argument.
+        request: u64,
+        /// By a person.
+        is_bookmark: bool,
+        /// Name of the point.
+        name: String,
+    },
+    /// The stream is over.
+    Over {
+        /// The stream.
+        stream: StreamNumber,
+        /// Why.
+        end: StreamEnd,
+    },
+    /// Ingest waits for room.
+    Paused {
+        /// The budget, not the medium, is used up.
+        is_budget: bool,
+    },
+    /// Ingest goes on.
+    Resumed,
+}
+
+/// What the engine wants or tells.
+#[derive(Debug)]
+pub enum Output {
+    /// Perform this and bring the completion back.
+    Storage(Token, StorageOp),
+    /// Answers a request.
+    Reply(RequestId, Result<Response, SeedError>),
+    /// Something happened.
+    Event(Event),
+    /// Step again at this time at the latest.
+    WakeAt(Monotonic),
+    /// Recovery is done.
+    Ready,
+    /// The engine cannot go on.
+    Failed(SeedError),
+    /// `Stop` is done.
+    Stopped,
+}
+
+/// What the engine is told.
+#[derive(Debug)]
+pub enum Input {
+    /// Begins recovery.
+    Start,
+    /// A storage operation finished.
+    Storage(StorageCompletion),
+    /// Time has passed.
+    Tick,
+    /// A request.
+    Request(RequestId, Request),
+    /// An accepted frame of a stream.
+    Frame(StreamNumber, Frame),
+    /// An accepted bulk frame of a stream.
+    Bulk(StreamNumber, u64, Frame),
+    /// Makes all durable, writes what is open, seals the log.
+    Stop,
+}
+
+/// Whom a storage completion is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Owner {
+    Log(Token),
+    Manifest,
+    Bulk(SegmentId),
+    Flush,
+    Start,
+}
+
+/// What waits for a manifest commit.
+#[derive(Debug)]
+enum AfterCommit {
+    Created,
+    Point(PointRecord, Option<RequestId>),
+    PointDropped(MachineId, PointId, RequestId),
+    Bulk(SegmentId),
+    Flush,
+    Reply(RequestId, Box<Response>),
+    Nothing,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    New,
+    Manifest,
+    Runs,
+    Log,
+    Running,
+    Stopping,
+    StoppingLog,
+    Ended,
+}
+
+/// Keys of all disks, shared with the readers.
+#[derive(Default)]
+pub struct KeyRing {
+    keys: RwLock<HashMap<(DiskId, KeyId), DiskKey>>,
+}
+
+impl KeySource for KeyRing {
+    fn disk_key(&self, disk: DiskId, key: KeyId) -> Option<DiskKey> {
+        self.keys.read().get(&(disk, key)).cloned()
+    }
+}
+
+/// The engine. See the module's text.
+pub struct Engine {
+    options: EngineOptions,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+    storage: Arc<dyn Storage>,
+    keys: Arc<KeyRing>,
+    phase: Phase,
+    now: Monotonic,
+    store: StoreId,
+    created: Timestamp,
+    next_token: u64,
+    owners: HashMap<Token, Owner>,
+    log: Log,
+    manifest: Manifest,
+    next_commit: u64,
+    after_commit: HashMap<u64, AfterCommit>,
+    reader: Option<Arc<Reader>>,
+    machines: BTreeMap<MachineId, MachineState>,
+    disks: BTreeMap<DiskId, DiskState>,
+    histories: BTreeMap<HistoryId, HistoryEntry>,
+    streams: BTreeMap<StreamNumber, state::Stream>,
+    next_stream: u64,
+    /// The stream and size of each frame in the log's hands, in order.
+    appended: HashMap<Token, (Option<StreamNumber>, u64)>,
+    next_append: u64,
+    next_segment: u32,
+    next_run: u32,
+    next_point: u64,
+    next_serial: u64,
+    next_mark: u64,
+    marks: BTreeMap<u64, points::WantedMark>,
+    seed_segments: BTreeMap<SegmentId, state::SeedSegment>,
+    base_through: SegmentId,
+    runs: BTreeMap<RunId, u64>,
+    log_segments: Vec<SegmentId>,
+    checkpoint: u64,
+    /// What the last run covered, as edits.
+    covered: Vec<Edit>,
+    applied_sequence: u64,
+    open_entries: usize,
+    bulk: bulk::BulkSegments,
+    flush: Option<flush::Flush>,
+    start: start::Start,
+    next_crash_mark: Monotonic,
+    is_paused: Option<bool>,
+    free_bytes: u64,
+    manifest_retry_at: Option<Monotonic>,
+    damage: Vec<String>,
+}
+
+impl core::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Engine({}, {:?})", self.store, self.phase)
+    }
+}
+
+impl Engine {
+    /// Makes an engine that has not looked at its storage yet. The storage is only handed to the
+    /// readers; the engine's own operations come out of `step`.
+    #[must_use]
+    pub fn new(
+        options: EngineOptions,
+        storage: Arc<dyn Storage>,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+    ) -> Self {
+        let now = clock.monotonic();
+        Self {
+            next_crash_mark: now.after(options.crash_mark_interval),
+            log: Log::new(LogOptions::new("log", StoreId::NIL)),
+            options,
+            clock,
+            entropy,
+            storage,
+            keys: Arc::new(KeyRing::default()),
+            phase: Phase::New,
+            now,
+            store: StoreId::NIL,
+            created: Timestamp(0),
+            next_token: 1,
+            owners: HashMap::new(),
+            manifest: Manifest::default(),
+            next_commit: 1,
+            after_commit: HashMap::new(),
+            reader: None,
+            machines: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            histories: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            next_stream: 1,
+            appended: HashMap::new(),
+            next_append: 1,
+            next_segment: 1,
+            next_run: 1,
+            next_point: 1,
+            next_serial: 1,
+            next_mark: 1,
+            marks: BTreeMap::new(),
+            seed_segments: BTreeMap::new(),
+            base_through: SegmentId(0),
+            runs: BTreeMap::new(),
+            log_segments: Vec::new(),
+            checkpoint: 0,
+            covered: Vec::new(),
+            applied_sequence: 0,
+            open_entries: 0,
+            bulk: bulk::BulkSegments::default(),
+            flush: None,
+            start: start::Start::default(),
+            is_paused: None,
+            free_bytes: 0,
+            manifest_retry_at: None,
+            damage: Vec::new(),
+        }
+    }
+
+    /// The reader over this store; there once recovery is done.
+    #[must_use]
+    pub fn reader(&self) -> Option<Arc<Reader>> {
+        self.reader.clone()
+    }
+
+    /// Takes one input; what it leads to is appended to `out`, in order.
+    pub fn step(&mut self, now: Monotonic, input: Input, out: &mut Vec<Output>) {
+        self.now = now;
+        if self.phase == Phase::Ended {
+            return;
+        }
+        match input {
+            Input::Start => self.begin(out),
+            Input::Storage(completion) => self.storage_done(completion, out),
+            Input::Tick => {
+                self.log_step(LogInput::Tick, out);
+            }
+            Input::Request(id, request) => self.request(id, request, out),
+            Input::Frame(stream, frame) => self.frame(stream, frame, out),
+            Input::Bulk(stream, number, frame) => self.bulk_frame(stream, number, &frame, out),
+            Input::Stop => {
+                if self.phase == Phase::Running {
+                    self.phase = Phase::Stopping;
+                }
+            }
+        }
+        match self.phase {
+            Phase::Running => {
+                self.seal_bulk_when_due(false, out);
+                self.flush_when_due(false, out);
+                self.place_crash_marks(out);
+                self.retry_manifest(out);
+            }
+            Phase::Stopping => self.stop(out),
+            _ => {}
+        }
+    }
+
+    fn token(&mut self, owner: Owner) -> Token {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        self.owners.insert(token, owner);
+        token
+    }
+
+    fn submit(&mut self, owner: Owner, op: StorageOp, out: &mut Vec<Output>) {
+        let token = self.token(owner);
+        out.push(Output::Storage(token, op));
+    }
+
+    fn fail(&mut self, error: SeedError, out: &mut Vec<Output>) {
+        self.phase = Phase::Ended;
+        out.push(Output::Failed(error));
+    }
+
+    fn storage_done(&mut self, completion: StorageCompletion, out: &mut Vec<Output>) {
+        let StorageCompletion { token, result } = completion;
+        match self.owners.remove(&token) {
+            Some(Owner::Log(token)) => {
+                self.log_step(LogInput::Storage(StorageCompletion { token, result }), out);
+            }
+            Some(Owner::Manifest) => {
+                let mut wants = Vec::new();
+                self.manifest.completed(result, &mut wants);
+                self.manifest_outputs(wants, out);
+            }
+            Some(Owner::Bulk(segment)) => self.bulk_done(segment, result, out),
+            Some(Owner::Flush) => self.flush_done(result, out),
+            Some(Owner::Start) => self.start_done(result, out),
+            None => {}
+        }
+    }
+
+    fn log_step(&mut self, input: LogInput, out: &mut Vec<Output>) {
+        let mut outputs = Vec::new();
+        self.log.set_wall_time(self.clock.wall());
+        self.log.step(self.now, input, &mut outputs);
+        for output in outputs {
+            self.log_output(output, out);
+        }
+    }
+
+    /// Commits edits; `after` happens when they are durable.
+    fn commit(&mut self, edits: Vec<Edit>, after: AfterCommit, out: &mut Vec<Output>) {
+        let number = self.next_commit;
+        self.next_commit += 1;
+        self.after_commit.insert(number, after);
+        let mut wants = Vec::new();
+        self.manifest.commit(number, edits, &mut wants);
+        self.manifest_outputs(wants, out);
+    }
+
+    fn manifest_outputs(&mut self, wants: Vec<ManifestOutput>, out: &mut Vec<Output>) {
+        for want in wants {
+            match want {
+                ManifestOutput::Storage(op) => self.submit(Owner::Manifest, op, out),
+                ManifestOutput::Recovered(edits) => {
+                    if let Err(error) = self.replay(edits) {
+                        self.fail(error, out);
+                        return;
+                    }
+                }
+                ManifestOutput::Ready { is_new } => self.manifest_ready(is_new, out),
+                ManifestOutput::Durable(numbers) => {
+                    for number in numbers {
+                        if let Some(after) = self.after_commit.remove(&number) {
+                            self.committed(after, out);
+                        }
+                    }
+                }
+                ManifestOutput::WantsSnapshot => {
+                    let state = self.whole_state();
+                    let mut wants = Vec::new();
+                    self.manifest.rotate(state, &mut wants);
+                    self.manifest_outputs(wants, out);
+                }
+                ManifestOutput::NoSpace => {
+                    let at = self.now.after(self.options.retry);
+                    self.manifest_retry_at = Some(at);
+                    out.push(Output::WakeAt(at));
+                }
+                ManifestOutput::Failed(error) => {
+                    self.fail(error, out);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn retry_manifest(&mut self, out: &mut Vec<Output>) {
+        if self.manifest_retry_at.is_some_and(|at| at <= self.now) {
+            self.manifest_retry_at = None;
+            let mut wants = Vec::new();
+            self.manifest.retry(&mut wants);
+            self.manifest_outputs(wants, out);
+        }
+    }
+
+    fn committed(&mut self, after: AfterCommit, out: &mut Vec<Output>) {
+        match after {
+            AfterCommit::Created => self.read_runs(out),
+            AfterCommit::Point(point, request) => {
+                if let Some(request) = request {
+                    out.push(Output::Reply(request, Ok(Response::Point(point))));
+                }
+            }
+            AfterCommit::PointDropped(machine, point, request) => {
+                self.forget_point(machine, point);
+                out.push(Output::Reply(request, Ok(Response::Done)));
+            }
+            AfterCommit::Bulk(segment) => self.bulk_committed(segment, out),
+            AfterCommit::Flush => self.flush_committed(out),
+            AfterCommit::Reply(request, response) => {
+                out.push(Output::Reply(request, Ok(*response)));
+            }
+            AfterCommit::Nothing => {}
+        }
+    }
+
+    fn request(&mut self, id: RequestId, request: Request, out: &mut Vec<Output>) {
+        if self.phase != Phase::Running {
+            let error = SeedError::refused("the store is not open", "wait until it has started");
+            out.push(Output::Reply(id, Err(error)));
+            return;
+        }
+        let answer = match request {
+            Request::OpenStream { machine, name, history, parent, origin, epoch } => {
+                let asked = ingest::Opening { machine, name, history, parent, origin, epoch };
+                self.open_stream(id, asked, out)
+            }
+            Request::CloseStream(stream) => {
+                self.close_stream(stream);
+                Ok(Some(Response::Done))
+            }
+            Request::DeclareDisk { stream, disk, name, size_bytes, logical_block_bytes } => {
+                let asked = ingest::Declaring { disk, name, size_bytes, logical_block_bytes };
+                self.declare_disk(id, stream, asked, out)
+            }
+            Request::CreatePoint { machine, name, at } => {
+                self.create_point(id, &machine, name, at, out)
+            }
+            Request::DeletePoint { machine, name } => self.delete_point(id, &machine, &name, out),
+            Request::ListPoints { machine, after, limit } => {
+                self.list_points(&machine, after, limit).map(Some)
+            }
+            Request::Snapshot { reference, allow_incomplete } => self
+                .snapshot(&reference, allow_incomplete)
+                .map(|taken| Some(Response::Snapshot(taken))),
+            Request::NewestState { stream, disk } => self
+                .newest_state(stream, disk)
+                .map(|taken| Some(Response::Snapshot(taken))),
+            Request::Fork { reference, allow_incomplete } => {
+                self.fork(id, &reference, allow_incomplete, out)
+            }
+            Request::DropBranch(history) => self.drop_branch(id, history, out),
+            Request::Fence { machine, holder } => self.fence(id, machine, holder, out),
+            Request::Info => Ok(Some(Response::Info(self.info()))),
+            Request::Files => Ok(Some(Response::Files(self.files()))),
+        };
+        match answer {
+            Ok(Some(response)) => out.push(Output::Reply(id, Ok(response))),
+            // It is answered when something is durable.
+            Ok(None) => {}
+            Err(error) => out.push(Output::Reply(id, Err(error))),
+        }
+    }
+
+    fn stop(&mut self, out: &mut Vec<Output>) {
+        self.seal_bulk_when_due(true, out);
+        let is_quiet = self.appended.is_empty() && self.bulk.is_empty();
+        if is_quiet && self.flush.is_none() && self.open_entries > 0 {
+            self.flush_when_due(true, out);
+        }
+        if is_quiet && self.flush.is_none() && !self.manifest.is_busy() {
+            self.phase = Phase::StoppingLog;
+            self.log_step(LogInput::Close, out);
+        }
+    }
+
+    fn log_output(&mut self, output: LogOutput, out: &mut Vec<Output>) {
+        match output {
+            LogOutput::Storage(token, op) => self.submit(Owner::Log(token), op, out),
+            LogOutput::Recovered { location, frame } => self.recovered_frame(&location, &frame),
+            LogOutput::Durable { token, location, frame } => {
+                self.durable_frame(token, &location, &frame, out);
+            }
+            LogOutput::Lost { segment, offset, first_sequence, last_sequence, damage } => {
+                self.damage.push(format!(
+                    "log segment {segment} at {offset}: commits {first_sequence} to \
+                     {last_sequence} were lost: {damage}"
+                ));
+            }
+            LogOutput::Ready { last_sequence, segments } => {
+                self.log_ready(last_sequence, segments, out);
+            }
+            LogOutput::Sealed { segment, .. } => {
+                if let Some(reader) = &self.reader {
+                    reader.sealed(segment);
+                }
+            }
+            LogOutput::Paused { is_budget } => {
+                self.is_paused = Some(is_budget);
+                out.push(Output::Event(Event::Paused { is_budget }));
+            }
+            LogOutput::Resumed => {
+                self.is_paused = None;
+                out.push(Output::Event(Event::Resumed));
+            }
+            LogOutput::Released { segment } => {
+                self.log_segments.retain(|known| *known != segment);
+                if let Some(reader) = &self.reader {
+                    reader.removed(segment);
+                }
+            }
+            LogOutput::WakeAt(at) => out.push(Output::WakeAt(at)),
+            LogOutput::Failed(error) => self.fail(error.into(), out),
+            LogOutput::Closed => {
+                self.phase = Phase::Ended;
+                out.push(Output::Stopped);
+            }
+            #[allow(unreachable_patterns)]
+            _ => {}
+        }
+    }
+
+    fn kind_of_point(&self, history: HistoryId, lsn: Lsn, wanted: PointKind) -> PointKind {
+        let is_open = |entry: &HistoryEntry| {
+            entry.batches.iter().any(|batch| {
+                batch.begin <= lsn && (batch.end == Lsn::ZERO || lsn < batch.end)
+            })
+        };
+        if self.histories.get(&history).is_some_and(is_open) {
+            PointKind::ResyncIncomplete
+        } else {
+            wanted
+        }
+    }
+}

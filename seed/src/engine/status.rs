@@ -1,0 +1,287 @@
+//! What people want to know, and the whole state as edits.
+
+use afterimage_blockdev::{
+    AgentId, DiskId, Epoch, HistoryId, Lsn, MachineId, PointId, SegmentId, Timestamp,
+};
+
+use super::ingest::history_edit;
+use super::{Engine, StoreFile};
+use crate::manifest::{Edit, HistoryState};
+use crate::run::RunId;
+
+/// A range of LSNs in which every one can be mounted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    /// The history.
+    pub history: HistoryId,
+    /// First LSN.
+    pub first: Lsn,
+    /// Last LSN.
+    pub last: Lsn,
+    /// Time of the first.
+    pub first_time: Timestamp,
+    /// Time of the last.
+    pub last_time: Timestamp,
+}
+
+/// A history.
+#[derive(Clone, Debug)]
+pub struct HistoryInfo {
+    /// Identity.
+    pub history: HistoryId,
+    /// Parent and fork.
+    pub parent: Option<(HistoryId, Lsn)>,
+    /// Forked here.
+    pub is_branch: bool,
+    /// Epoch of the newest writer.
+    pub epoch: Epoch,
+    /// That writer.
+    pub origin: AgentId,
+    /// Highest LSN received.
+    pub received: Lsn,
+    /// Highest durable LSN.
+    pub durable: Lsn,
+    /// Its time.
+    pub durable_time: Timestamp,
+    /// A stream is open.
+    pub is_open: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug)]
+pub struct DiskInfo {
+    /// Identity.
+    pub disk: DiskId,
+    /// Name.
+    pub name: String,
+    /// Newest size.
+    pub size_bytes: u64,
+    /// A whole copy is here.
+    pub has_copy: bool,
+    /// What can be mounted.
+    pub reaches: Vec<Reach>,
+    /// Holes, for people.
+    pub damage: Vec<String>,
+}
+
+/// A machine.
+#[derive(Clone, Debug)]
+pub struct MachineInfo {
+    /// Identity.
+    pub machine: MachineId,
+    /// Name.
+    pub name: String,
+    /// The history that agents write.
+    pub trunk: HistoryId,
+    /// All histories.
+    pub histories: Vec<HistoryInfo>,
+    /// The disks.
+    pub disks: Vec<DiskInfo>,
+    /// Number of points.
+    pub point_count: u64,
+}
+
+/// Everything.
+#[derive(Clone, Debug)]
+pub struct EngineInfo {
+    /// Bytes of the store's files.
+    pub stored_bytes: u64,
+    /// Bytes that waited when this was asked.
+    pub queued_bytes: u64,
+    /// Ingest waits for room; by the budget, not the medium.
+    pub paused: Option<bool>,
+    /// The machines.
+    pub machines: Vec<MachineInfo>,
+    /// Damage that was found, for people.
+    pub damage: Vec<String>,
+}
+
+impl Engine {
+    pub(super) fn info(&self) -> EngineInfo {
+        let seeds: u64 = self.seed_segments.values().map(|segment| segment.bytes).sum();
+        let runs: u64 = self.runs.values().sum();
+        EngineInfo {
+            stored_bytes: self.log.stored_bytes() + seeds + runs + self.manifest.stored_bytes(),
+            queued_bytes: self.log.queued_bytes() + self.bulk.bytes(),
+            paused: self.is_paused,
+            machines: self.machines.keys().map(|machine| self.machine_info(*machine)).collect(),
+            damage: self.damage.clone(),
+        }
+    }
+
+    fn machine_info(&self, machine: MachineId) -> MachineInfo {
+        let state = &self.machines[&machine];
+        let of_machine = self.histories.iter().filter(|(_, entry)| entry.machine == machine);
+        MachineInfo {
+            machine,
+            name: state.name.clone(),
+            trunk: state.trunk,
+            histories: of_machine
+                .map(|(history, entry)| HistoryInfo {
+                    history: *history,
+                    parent: entry.parent,
+                    is_branch: entry.is_branch,
+                    epoch: entry.epoch,
+                    origin: entry.origin,
+                    received: entry.received,
+                    durable: entry.durable,
+                    durable_time: entry.durable_time,
+                    is_open: entry.stream.is_some(),
+                })
+                .collect(),
+            disks: state.disks.iter().map(|disk| self.disk_info(*disk, state.trunk)).collect(),
+            point_count: state.points.len() as u64,
+        }
+    }
+
+    fn disk_info(&self, disk: DiskId, trunk: HistoryId) -> DiskInfo {
+        let state = &self.disks[&disk];
+        let mut reaches = Vec::new();
+        let mut damage = Vec::new();
+        if let Some(entry) = self.histories.get(&trunk) {
+            if let Some(first) = entry.copied_at(disk) {
+                let mut from = first;
+                let mut batches: Vec<_> = entry
+                    .batches
+                    .iter()
+                    .filter(|batch| batch.disks.contains(&disk) && batch.begin >= first)
+                    .collect();
+                batches.sort_by_key(|batch| batch.begin);
+                for batch in batches {
+                    let last = Lsn(batch.begin.0.saturating_sub(1));
+                    if from <= last {
+                        reaches.push(reach(entry, trunk, from, last));
+                    }
+                    from = if batch.end == Lsn::ZERO { Lsn(u64::MAX) } else { from.max(batch.end) };
+                }
+                if from <= entry.durable {
+                    reaches.push(reach(entry, trunk, from, entry.durable));
+                }
+            }
+            for (hurt, first, last) in &entry.lost {
+                if *hurt == disk || hurt.is_nil() {
+                    damage.push(format!("records {first} to {last} were lost"));
+                }
+            }
+            for hole in entry.holes.iter().filter(|hole| hole.undecided.contains(&disk)) {
+                damage.push(format!("records {} to {} may be lost", hole.first, hole.last));
+            }
+        }
+        DiskInfo {
+            disk,
+            name: state.name.clone(),
+            size_bytes: self.size_at(disk, trunk, Lsn(u64::MAX)),
+            has_copy: self.copied_in_lineage(disk, trunk, Lsn(u64::MAX)),
+            reaches,
+            damage,
+        }
+    }
+
+    pub(super) fn files(&self) -> Vec<StoreFile> {
+        let logs = self.log_segments.iter().copied().map(StoreFile::Log);
+        let seeds = self.seed_segments.keys().copied().map(StoreFile::Seed);
+        let runs = self.runs.keys().copied().map(StoreFile::Run);
+        logs.chain(seeds).chain(runs).collect()
+    }
+
+    /// The whole state, for the beginning of a manifest file.
+    pub(super) fn whole_state(&self) -> Vec<Edit> {
+        let mut edits = vec![Edit::Store {
+            store: self.store,
+            created: self.created,
+            next_segment: SegmentId(self.next_segment),
+            next_run: RunId(self.next_run),
+            next_point: PointId(self.next_point),
+        }];
+        for (machine, state) in &self.machines {
+            edits.push(Edit::Machine {
+                machine: *machine,
+                tag_key: state.tag_key,
+                holder: state.holder,
+                name: state.name.clone(),
+            });
+        }
+        for (disk, state) in &self.disks {
+            edits.push(Edit::Disk {
+                disk: *disk,
+                machine: state.machine,
+                size_bytes: state.declared_bytes,
+                logical_block_bytes: state.logical_block_bytes,
+                key: state.key,
+                wrapped: state.wrapped,
+                name: state.name.clone(),
+            });
+        }
+        // The trunk comes last of a machine's histories, for the last one named is the trunk.
+        let is_trunk = |machine: &MachineId, history: &HistoryId| {
+            self.machines.get(machine).is_some_and(|state| state.trunk == *history)
+        };
+        for wants_trunk in [false, true] {
+            for (history, entry) in &self.histories {
+                if is_trunk(&entry.machine, history) == wants_trunk {
+                    let (machine, parent) = (entry.machine, entry.parent);
+                    edits.push(history_edit(*history, machine, parent, entry.is_branch));
+                }
+            }
+        }
+        edits.extend(self.seed_segments.iter().map(|(segment, state)| Edit::Segment {
+            segment: *segment,
+            slot_count: state.slot_count,
+            bytes: state.bytes,
+            root: state.root,
+        }));
+        edits.extend(self.runs.iter().map(|(run, bytes)| Edit::Run { run: *run, bytes: *bytes }));
+        edits.extend(self.checkpoint_state());
+        for machine in self.machines.values() {
+            edits.extend(machine.points.values().cloned().map(Edit::Point));
+        }
+        edits
+    }
+
+    /// What the last run covered: never more, for the log tells the rest.
+    fn checkpoint_state(&self) -> Vec<Edit> {
+        let mut edits = self.covered.clone();
+        edits.push(Edit::Checkpoint { log_sequence: self.checkpoint });
+        edits.push(Edit::BaseThrough { segment: self.base_through });
+        edits
+    }
+
+    /// Notes what a run covers, once it counts.
+    pub(super) fn note_covered(&mut self, edits: &[Edit]) {
+        for edit in edits {
+            match edit {
+                Edit::Checkpoint { log_sequence } => self.checkpoint = *log_sequence,
+                Edit::BaseThrough { segment } => self.base_through = *segment,
+                Edit::HistoryState(state) => {
+                    self.covered.retain(|known| !is_state_of(known, state));
+                    self.covered.push(edit.clone());
+                }
+                Edit::Batch(batch) => {
+                    self.covered.retain(|known| {
+                        !matches!(known, Edit::Batch(old)
+                            if old.history == batch.history && old.begin == batch.begin)
+                    });
+                    self.covered.push(edit.clone());
+                }
+                Edit::Lost { .. } | Edit::Size { .. } if !self.covered.contains(edit) => {
+                    self.covered.push(edit.clone());
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn is_state_of(known: &Edit, state: &HistoryState) -> bool {
+    matches!(known, Edit::HistoryState(old) if old.history == state.history)
+}
+
+fn reach(
+    entry: &super::state::HistoryEntry,
+    history: HistoryId,
+    first: Lsn,
+    last: Lsn,
+) -> Reach {
+    let (first_time, last_time) = (entry.time_of(first), entry.time_of(last));
+    Reach { history, first, last, first_time, last_time }
+}
