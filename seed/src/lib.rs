@@ -21,10 +21,12 @@ pub mod reference;
 pub mod run;
 pub mod section;
 pub mod segment;
+pub mod verify;
 pub mod view;
 
 
 
+pub use branch::{BranchDevice, FrameSink};
 pub use engine::{Engine, EngineOptions, Event, Input, Output, Request, RequestId, Response};
 pub use entry::{Entry, EntryKind, RangeEntry};
 pub use error::SeedError;

@@ -296,7 +296,7 @@ fn decode_section(bytes: &[u8], row: usize, parts: [&mut usize; 3]) -> Option<Se
     let page_count = index(get_u32(bytes, row + 60)?);
     let range_count = index(get_u32(bytes, row + 64)?);
     let sample_count = index(get_u32(bytes, row + 68)?);
-    let mut take = |at: &mut usize, size: usize, count: usize| {
+    let take = |at: &mut usize, size: usize, count: usize| {
         let part = bytes.get(*at..at.checked_add(count.checked_mul(size)?)?)?;
         *at += count * size;
         Some(part)

@@ -1,3 +1,23 @@
 //! The appliance: ingest, control, mounts, and the engine thread behind them.
+//!
+//! * [`daemon`]: start and stop; [`args`] and [`config`] say how.
+//! * [`ca`], [`tls`], [`catalogue`]: who somebody is, and what they may do.
+//! * [`ingest`]: the data port. [`control`]: the control port and the local socket.
+//! * [`mounts`]: disks as they were, as files, devices and mounted file systems.
+//! * [`engine`]: the one thread that owns log and store. All others ask it.
 
+pub mod appliance;
+pub mod args;
+pub mod ca;
+pub mod catalogue;
+pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod engine;
+pub mod events;
+pub mod failure;
+pub mod ingest;
+pub mod mounts;
+#[cfg(test)]
+mod testing;
+pub mod tls;

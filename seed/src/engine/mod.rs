@@ -411,7 +411,6 @@ enum AfterCommit {
     Bulk(SegmentId),
     Flush,
     Reply(RequestId, Box<Response>),
-    Nothing,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -559,6 +558,19 @@ impl Engine {
     #[must_use]
     pub fn reader(&self) -> Option<Arc<Reader>> {
         self.reader.clone()
+    }
+
+    /// The store's identity.
+    #[must_use]
+    pub fn store(&self) -> StoreId {
+        self.store
+    }
+
+    /// All points: name, history, LSN.
+    #[must_use]
+    pub fn cuts(&self) -> Vec<(String, HistoryId, Lsn)> {
+        let points = self.machines.values().flat_map(|machine| machine.points.values());
+        points.map(|point| (point.name.clone(), point.history, point.lsn)).collect()
     }
 
     /// Takes one input; what it leads to is appended to `out`, in order.
@@ -711,7 +723,6 @@ impl Engine {
             AfterCommit::Reply(request, response) => {
                 out.push(Output::Reply(request, Ok(*response)));
             }
-            AfterCommit::Nothing => {}
         }
     }
 

@@ -1,1 +1,7 @@
-fn main(){}
+//! `aft`: what a person or a script says to the appliance and to the agent of this machine.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    aft::main()
+}

@@ -1,10 +1,26 @@
 //! The engine thread: log, seed engine and storage on one side, commands of the rest of the
 //! daemon on the other. Everything else in the daemon talks to it through [`EngineHandle`].
 
+mod answer;
 pub mod command;
+mod dispatch;
+mod inbox;
+mod start;
+mod thread;
+
+use afterimage_blockdev::{Storage, StorageOp, StorageOutcome, wait};
 
 pub use command::{
     BranchOpened, Command, DiskOpened, DiskSummary, EngineGone, EngineHandle, EngineStatus,
     HistorySummary, MachineSummary, OpenDisk, OpenRequest, PointPage, StreamEvents, StreamKey,
     StreamOpened, ViewOpened, ViewRequest,
 };
+pub use start::{EngineSettings, start};
+
+/// All bytes and free bytes of the medium; zeroes when it does not say.
+fn room(storage: &dyn Storage) -> (u64, u64) {
+    match wait::storage(storage, StorageOp::Capacity) {
+        Ok(StorageOutcome::Capacity(room)) => (room.total_bytes, room.free_bytes),
+        _ => (0, 0),
+    }
+}

@@ -1,0 +1,57 @@
+//! Which request goes where.
+
+use std::sync::Arc;
+
+use afterimage_blockdev::ErrorClass;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::middleware::from_fn;
+use axum::routing::{delete, get, post};
+
+use super::access::admins_only;
+use super::answer::Failure;
+use super::{enrol, machines, mounts, status};
+use crate::appliance::Appliance;
+
+/// Makes the routes. Each connection adds who its caller is.
+pub fn router(appliance: Arc<Appliance>) -> Router {
+    let body_bytes_max = appliance.config.control.body_bytes_max;
+    let for_all =
+        Router::new().route("/v1/enrol", post(enrol::enrol)).route("/v1/renew", post(enrol::renew));
+    let for_admins = Router::new()
+        .route("/v1/status", get(status::status))
+        .route("/v1/machines", get(status::machines))
+        .route("/v1/machines/{machine}/disks", get(status::disks))
+        .route("/v1/machines/{machine}/move", post(machines::move_machine))
+        .route(
+            "/v1/machines/{machine}/points",
+            get(machines::list_points).post(machines::create_point),
+        )
+        .route("/v1/machines/{machine}/points/{name}", delete(machines::delete_point))
+        .route("/v1/mounts", get(mounts::list).post(mounts::create))
+        .route("/v1/mounts/{id}", delete(mounts::remove))
+        .route("/v1/log/verify", post(machines::verify))
+        .route("/v1/tokens", post(enrol::create_token))
+        .route("/v1/certificates/admin", post(enrol::issue_admin))
+        .route("/v1/agents", get(enrol::agents))
+        .route("/v1/agents/{agent}/revoke", post(enrol::revoke))
+        .route("/v1/events", get(status::events))
+        .layer(from_fn(admins_only));
+    for_all
+        .merge(for_admins)
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(body_bytes_max))
+        .with_state(appliance)
+}
+
+async fn not_found() -> Failure {
+    let hint = "aft and afterimaged may be of different releases";
+    Failure::new(StatusCode::NOT_FOUND, ErrorClass::Refused, "there is no such request", hint)
+}
+
+async fn wrong_method() -> Failure {
+    let status = StatusCode::METHOD_NOT_ALLOWED;
+    Failure::new(status, ErrorClass::Refused, "there is no such request with this method", "")
+}

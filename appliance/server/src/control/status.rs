@@ -1,0 +1,249 @@
+//! How everything is.
+
+use std::sync::Arc;
+
+use afterimage_blockdev::{ErrorClass, MachineId, Timestamp};
+use afterimage_protocol::message::{DiskPhase, DiskReport, SourceReport};
+use afterimage_protocol::rest::server::{
+    DiskStatus, Event, MachineStatus, ServerStatus, StageLag,
+};
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
+
+use super::answer::{Answer, Failure};
+use crate::appliance::Appliance;
+use crate::engine::{Command, DiskSummary, EngineStatus, HistorySummary, MachineSummary};
+use crate::ingest::Reported;
+
+/// Most events of a page.
+const EVENTS_MAX: usize = 1000;
+const NS_PER_MS: u64 = 1_000_000;
+
+pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<ServerStatus> {
+    let engine = appliance.engine.ask(Command::Status).await?;
+    let now = appliance.now();
+    let machines = all_machines(&appliance, &engine, now);
+    let mut health = Health::default();
+    if let Some(refusal) = &engine.paused {
+        health.red(format!("ingest is paused: {refusal}"));
+    }
+    for machine in &machines {
+        judge(&mut health, machine, appliance.config.control.rpo_warning_ms);
+    }
+    Ok(Json(ServerStatus {
+        health: health.word().to_owned(),
+        causes: health.causes,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        now,
+        stored_bytes: engine.stored_bytes,
+        free_bytes: engine.free_bytes,
+        is_ingest_paused: engine.paused.is_some(),
+        data_port: appliance.data_port,
+        control_port: appliance.control_port,
+        machines,
+    }))
+}
+
+pub(super) async fn machines(State(appliance): State<Arc<Appliance>>) -> Answer<Vec<MachineStatus>> {
+    let engine = appliance.engine.ask(Command::Status).await?;
+    Ok(Json(all_machines(&appliance, &engine, appliance.now())))
+}
+
+pub(super) async fn disks(
+    State(appliance): State<Arc<Appliance>>,
+    Path(wanted): Path<String>,
+) -> Answer<Vec<DiskStatus>> {
+    let engine = appliance.engine.ask(Command::Status).await?;
+    let identity: Option<MachineId> = wanted.parse().ok();
+    let machines = all_machines(&appliance, &engine, appliance.now());
+    let names: Vec<String> =
+        machines.iter().take(10).map(|machine| machine.name.clone()).collect();
+    let found = machines
+        .into_iter()
+        .find(|machine| machine.name == wanted || Some(machine.machine) == identity);
+    match found {
+        Some(machine) => Ok(Json(machine.disks)),
+        None => Err(Failure::new(
+            StatusCode::NOT_FOUND,
+            ErrorClass::Refused,
+            format!("there is no machine {wanted:?}"),
+            format!(
+                "known machines: {}",
+                if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+            ),
+        )),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EventPage {
+    after: Option<u64>,
+    limit: Option<usize>,
+}
+
+pub(super) async fn events(
+    State(appliance): State<Arc<Appliance>>,
+    page: Result<Query<EventPage>, QueryRejection>,
+) -> Answer<Vec<Event>> {
+    let Query(EventPage { after, limit }) = page?;
+    let after = after.unwrap_or(0);
+    let limit = limit.unwrap_or(EVENTS_MAX).clamp(1, EVENTS_MAX);
+    Ok(Json(appliance.catalogue.run(move |catalogue| catalogue.events(after, limit)).await?))
+}
+
+fn all_machines(
+    appliance: &Appliance,
+    engine: &EngineStatus,
+    now: Timestamp,
+) -> Vec<MachineStatus> {
+    let machine = |machine: &MachineSummary| {
+        let reported = appliance.reports.get(machine.machine);
+        describe(machine, reported.as_ref(), engine.cache_ms, now)
+    };
+    engine.machines.iter().map(machine).collect()
+}
+
+pub(super) fn describe(
+    machine: &MachineSummary,
+    reported: Option<&Reported>,
+    cache_ms: u64,
+    now: Timestamp,
+) -> MachineStatus {
+    let trunk = machine.histories.iter().find(|history| history.history == machine.trunk);
+    // What was reported of another history says nothing of this one.
+    let reported = reported.filter(|reported| reported.history == machine.trunk);
+    let report = reported.and_then(|reported| reported.report.as_ref());
+    let disks: Vec<DiskStatus> = machine
+        .disks
+        .iter()
+        .map(|disk| {
+            let found = report.and_then(|report| {
+                report.disks.iter().find(|reported| reported.disk == disk.disk)
+            });
+            describe_disk(disk, found)
+        })
+        .collect();
+    let is_bootable = !disks.is_empty() && disks.iter().all(|disk| !disk.addressable.is_empty());
+    MachineStatus {
+        machine: machine.machine,
+        name: machine.name.clone(),
+        history: machine.trunk,
+        epoch: trunk.map(|trunk| trunk.epoch).unwrap_or_default(),
+        origin: trunk.map(|trunk| trunk.origin).filter(|origin| !origin.is_nil()),
+        is_connected: reported.is_some_and(|reported| reported.is_connected),
+        durable: trunk.map(|trunk| trunk.durable).unwrap_or_default(),
+        point_count: machine.point_count,
+        rpo_ms: trunk.filter(|_| is_bootable).map(|trunk| rpo_ms(trunk, report, now)),
+        lag: lag(reported, cache_ms),
+        disks,
+    }
+}
+
+fn describe_disk(disk: &DiskSummary, reported: Option<&DiskReport>) -> DiskStatus {
+    DiskStatus {
+        disk: disk.disk,
+        name: disk.name.clone(),
+        size_bytes: disk.size_bytes,
+        phase: reported.map(|reported| reported.phase),
+        reason: reported.map(|reported| reported.reason.clone()).unwrap_or_default(),
+        done_bytes: reported.map_or(0, |reported| reported.done_bytes),
+        total_bytes: reported.map_or(0, |reported| reported.total_bytes),
+        has_copy: disk.has_copy,
+        addressable: disk.addressable.clone(),
+        damage: disk.damage.clone(),
+    }
+}
+
+/// Age of the newest state: when the source says that all it captured is here, the state of its
+/// report; otherwise that of the newest durable record.
+fn rpo_ms(trunk: &HistorySummary, report: Option<&SourceReport>, now: Timestamp) -> u64 {
+    let reported = report
+        .filter(|report| report.captured <= trunk.durable && report.oldest_unacknowledged.is_none())
+        .map(|report| report.time);
+    let newest = trunk.durable_time.max(reported.unwrap_or_default());
+    ms_between(newest, now)
+}
+
+fn lag(reported: Option<&Reported>, cache_ms: u64) -> StageLag {
+    let connected = reported.filter(|reported| reported.is_connected);
+    let report = connected.and_then(|reported| Some((reported, reported.report.as_ref()?)));
+    let (capture_ms, link_ms) = match report {
+        None => (None, None),
+        Some((reported, report)) => {
+            let oldest = report.oldest_unacknowledged.filter(|_| reported.is_behind);
+            let capture_ms = oldest.map_or(0, |oldest| ms_between(oldest, report.time));
+            (Some(capture_ms), Some(ms_between(report.time, reported.received)))
+        }
+    };
+    // A record is visible to views when the commit that holds it is reported.
+    StageLag { capture_ms, link_ms, cache_ms, apply_ms: 0 }
+}
+
+fn ms_between(from: Timestamp, to: Timestamp) -> u64 {
+    to.0.saturating_sub(from.0) / NS_PER_MS
+}
+
+#[derive(Default)]
+struct Health {
+    is_red: bool,
+    causes: Vec<String>,
+}
+
+impl Health {
+    fn red(&mut self, cause: String) {
+        self.is_red = true;
+        self.causes.push(cause);
+    }
+
+    fn yellow(&mut self, cause: String) {
+        self.causes.push(cause);
+    }
+
+    fn word(&self) -> &'static str {
+        match (self.is_red, self.causes.is_empty()) {
+            (true, _) => "red",
+            (false, false) => "yellow",
+            (false, true) => "green",
+        }
+    }
+}
+
+fn judge(health: &mut Health, machine: &MachineStatus, rpo_warning_ms: u64) {
+    let name = &machine.name;
+    if !machine.is_connected {
+        health.yellow(format!(
+            "machine {name}: its agent is not connected; look at `aft agent status` there"
+        ));
+    }
+    match machine.rpo_ms {
+        Some(rpo_ms) if rpo_ms > rpo_warning_ms => health.yellow(format!(
+            "machine {name}: its newest state is {} s old; `aft status` shows where it waits",
+            rpo_ms / 1000
+        )),
+        _ => {}
+    }
+    for disk in &machine.disks {
+        let name = format!("{name}/{}", disk.name);
+        if let Some(damage) = disk.damage.first() {
+            let more = disk.damage.len() - 1;
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            health.red(format!("disk {name}: {damage}{more}; see `aft disk show {name}`"));
+        }
+        match disk.phase {
+            Some(DiskPhase::Initial) => {
+                health.yellow(format!("disk {name}: its first copy is being made"));
+            }
+            Some(DiskPhase::Resync) => {
+                health.yellow(format!("disk {name}: differences are being sent: {}", disk.reason));
+            }
+            Some(DiskPhase::ResyncNeeded) => {
+                health.red(format!("disk {name}: a resync is needed: {}", disk.reason));
+            }
+            Some(DiskPhase::Protected) | None => {}
+        }
+    }
+}

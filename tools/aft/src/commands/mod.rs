@@ -1,0 +1,49 @@
+//! What each command does; one file for each noun.
+
+mod admin;
+mod agent;
+mod disk;
+mod machine;
+mod mount;
+mod point;
+mod progress;
+mod status;
+
+use clap::CommandFactory;
+
+use crate::args::{Args, Command};
+use crate::client::Client;
+use crate::error::AftError;
+use crate::output::Output;
+
+/// Runs a command.
+///
+/// # Errors
+/// What keeps it from being done.
+pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
+    let server = Client::server(&args.global);
+    let agent = Client::agent(&args.global);
+    match args.command {
+        Command::Status => status::status(&server, output).await,
+        Command::Machine(command) => machine::run(command, &server, output).await,
+        Command::Disk(command) => disk::run(command, &server, &agent, output).await,
+        Command::Agent(command) => agent::run(command, &server, &agent, output).await,
+        Command::Point(command) => point::run(command, &server, output).await,
+        Command::Mount(mount) => mount::mount(mount, &server, output).await,
+        Command::Umount { target, drop_branch } => {
+            mount::umount(&target, drop_branch, &server, output).await
+        }
+        Command::Mounts => mount::mounts(&server, output).await,
+        Command::Log(command) => admin::log(command, &server, output).await,
+        Command::Token(command) => admin::token(command, &server, output).await,
+        Command::Cert(command) => admin::cert(command, &server, output).await,
+        Command::Events { after, limit } => admin::events(after, limit, &server, output).await,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "aft", &mut script);
+            output.raw(&script);
+            Ok(())
+        }
+        Command::Man => admin::man(output),
+    }
+}
