@@ -99,6 +99,10 @@ impl CacheError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Storage(error) => error.class(),
+            Self::Damaged {
+                damage: Damage::Version { .. },
+                ..
+            } => ErrorClass::Operator,
             Self::Damaged { .. } => ErrorClass::Corrupt,
             Self::Frame(_) | Self::Order { .. } => ErrorClass::Refused,
         }

@@ -15,7 +15,7 @@ pub mod segment;
 pub mod slot;
 
 pub use error::{CacheError, Damage};
-pub use frame::{Frame, FrameBuilder, FrameHeader, FrameIdentity, FrameView};
+pub use frame::{DamagedSlot, Frame, FrameBuilder, FrameHeader, FrameIdentity, FrameView};
 pub use key::{DiskKey, KeySource, TagKey};
 pub use record::{BatchKind, MarkKind, RecordBody, RecordHeader, RecordKind, RecordView};
 pub use seal::{Effort, Opener, Sealer};

@@ -18,6 +18,8 @@ pub const NOTE_BYTES_MAX: usize = 64 << 10;
 const NAME: &str = "record";
 const CHECK_AT: usize = 76;
 
+const _: () = assert!(CHECK_AT + 4 == RECORD_HEADER_BYTES && RECORD_HEADER_BYTES.is_multiple_of(8));
+
 fn header_check(header: &[u8], note: &[u8]) -> [u8; 4] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&header[..CHECK_AT]);
@@ -303,6 +305,7 @@ pub struct RecordView<'a> {
     pub header_bytes: &'a [u8],
     /// Number of slots.
     pub slot_count: u16,
+    padding: &'a [u8],
 }
 
 impl<'a> RecordView<'a> {
@@ -314,7 +317,10 @@ impl<'a> RecordView<'a> {
         let (header, slot_count, body_len) = RecordHeader::decode(bytes)?;
         let short = Damage::Short { structure: NAME };
         let end = RECORD_HEADER_BYTES + body_len;
-        let body = bytes.get(RECORD_HEADER_BYTES..end).ok_or(short)?;
+        let body = bytes
+            .get(RECORD_HEADER_BYTES..end)
+            .ok_or(short.clone())?;
+        let padding = bytes.get(end..end.next_multiple_of(8)).ok_or(short)?;
         let body = if header.kind.has_slots() {
             RecordBody::Slots(body)
         } else {
@@ -327,9 +333,46 @@ impl<'a> RecordView<'a> {
                 body,
                 header_bytes,
                 slot_count,
+                padding,
             },
             end.next_multiple_of(8),
         ))
+    }
+
+    /// The note; empty for a record with slots.
+    #[must_use]
+    pub fn note(&self) -> &'a [u8] {
+        match self.body {
+            RecordBody::Note(note) => note,
+            RecordBody::Slots(_) => &[],
+        }
+    }
+
+    /// Checks header and note against the header's own check.
+    ///
+    /// # Errors
+    /// [`Damage::Hash`].
+    pub fn verify_header(&self) -> Result<(), Damage> {
+        if self.header_bytes[CHECK_AT..] == header_check(self.header_bytes, self.note()) {
+            Ok(())
+        } else {
+            Err(Damage::Hash { structure: NAME })
+        }
+    }
+
+    /// Checks that the padding is zero.
+    ///
+    /// # Errors
+    /// [`Damage::Field`].
+    pub fn verify_padding(&self) -> Result<(), Damage> {
+        if self.padding.iter().all(|byte| *byte == 0) {
+            Ok(())
+        } else {
+            Err(Damage::Field {
+                structure: NAME,
+                field: "padding",
+            })
+        }
     }
 
     /// Walks the slots: offset of each within the body, its context, and itself.

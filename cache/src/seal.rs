@@ -16,7 +16,8 @@ use crate::bytes::{is_all_zero, narrow};
 use crate::error::Damage;
 use crate::key::{DiskKey, KeySource, TagKey};
 use crate::slot::{
-    CIPHER_TAG_BYTES, Codec, ContentTag, SlotContext, SlotHeader, SlotView, TAG_BYTES,
+    CIPHER_TAG_BYTES, CONTEXT_BYTES, Codec, ContentTag, HASH_AT, SLOT_HEADER_BYTES, SlotContext,
+    SlotHeader, SlotView, TAG_BYTES,
 };
 
 const SESSION_CONTEXT: &str = "afterimage 2026-11 slot session key v1";
@@ -45,10 +46,10 @@ fn nonce(counter: u64) -> Nonce {
     Nonce::assume_unique_for_key(bytes)
 }
 
-fn associated(context: &SlotContext, header: &SlotHeader) -> [u8; 120] {
-    let mut bytes = [0; 120];
-    bytes[..80].copy_from_slice(&context.encode());
-    bytes[80..].copy_from_slice(&header.sealed_part());
+fn associated(context: &SlotContext, header: &SlotHeader) -> [u8; CONTEXT_BYTES + HASH_AT] {
+    let mut bytes = [0; CONTEXT_BYTES + HASH_AT];
+    bytes[..CONTEXT_BYTES].copy_from_slice(&context.encode());
+    bytes[CONTEXT_BYTES..].copy_from_slice(&header.sealed_part());
     bytes
 }
 
@@ -175,7 +176,7 @@ impl Sealer {
             out.extend_from_slice(tag.as_ref());
         }
         header.hash = header.compute_hash(context, &out[stored_at..]);
-        out[start + 40..start + 72].copy_from_slice(&header.hash);
+        out[start + HASH_AT..start + SLOT_HEADER_BYTES].copy_from_slice(&header.hash);
         out.resize(start + header.slot_len(), 0);
     }
 }

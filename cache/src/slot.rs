@@ -9,7 +9,7 @@
 
 use afterimage_blockdev::{BLOCK_BYTES, CELL_BLOCKS, CellIndex, DiskId, HistoryId, KeyId, Lsn};
 
-use crate::bytes::{array, get_u8, get_u32, get_u64, index, narrow, put};
+use crate::bytes::{array, get_u8, get_u32, get_u64, index, is_zero, narrow, put};
 use crate::error::Damage;
 
 /// Bytes of the header before the tags.
@@ -23,7 +23,15 @@ pub const SLOT_BYTES_MAX: usize =
     SLOT_HEADER_BYTES + CELL_BLOCKS * TAG_BYTES + CELL_BLOCKS * BLOCK_BYTES + CIPHER_TAG_BYTES;
 
 const NAME: &str = "slot";
-const HASH_AT: usize = 40;
+/// Where the hash stands in the header; the cipher authenticates all before it.
+pub(crate) const HASH_AT: usize = 40;
+/// Bytes of an encoded [`SlotContext`].
+pub(crate) const CONTEXT_BYTES: usize = 80;
+
+const _: () = assert!(HASH_AT + 32 == SLOT_HEADER_BYTES);
+const _: () = assert!(SLOT_HEADER_BYTES.is_multiple_of(8) && TAG_BYTES.is_multiple_of(8));
+const _: () = assert!(CONTEXT_BYTES == 48 + CELL_BLOCKS * 8);
+const _: () = assert!(SLOT_BYTES_MAX.is_multiple_of(8));
 
 /// Keyed BLAKE3 of a block's plain bytes, cut to 16 bytes.
 pub type ContentTag = [u8; TAG_BYTES];
@@ -40,7 +48,7 @@ pub enum Codec {
 }
 
 impl Codec {
-    fn code(self) -> u8 {
+    pub(crate) fn code(self) -> u8 {
         match self {
             Self::Raw => 0,
             Self::Zstd => 1,
@@ -93,8 +101,8 @@ impl SlotContext {
 
     /// The 80 bytes that are hashed and authenticated.
     #[must_use]
-    pub fn encode(&self) -> [u8; 80] {
-        let mut bytes = [0; 80];
+    pub fn encode(&self) -> [u8; CONTEXT_BYTES] {
+        let mut bytes = [0; CONTEXT_BYTES];
         put(&mut bytes, 0, &self.disk.0);
         put(&mut bytes, 16, &self.history.0);
         put(&mut bytes, 32, &self.cell.0.to_le_bytes());
@@ -232,13 +240,13 @@ impl SlotHeader {
     /// Computes the hash of this slot in its context.
     #[must_use]
     pub fn compute_hash(&self, context: &SlotContext, stored: &[u8]) -> [u8; 32] {
-        let mut prefix = [0; 80 + HASH_AT + CELL_BLOCKS * TAG_BYTES];
+        let mut prefix = [0; CONTEXT_BYTES + HASH_AT + CELL_BLOCKS * TAG_BYTES];
         put(&mut prefix, 0, &context.encode());
-        put(&mut prefix, 80, &self.sealed_part());
+        put(&mut prefix, CONTEXT_BYTES, &self.sealed_part());
         let tags = usize::from(self.blocks) * TAG_BYTES;
-        put(&mut prefix, 80 + HASH_AT, &self.tags.as_flattened()[..tags]);
+        put(&mut prefix, CONTEXT_BYTES + HASH_AT, &self.tags.as_flattened()[..tags]);
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&prefix[..80 + HASH_AT + tags]);
+        hasher.update(&prefix[..CONTEXT_BYTES + HASH_AT + tags]);
         hasher.update(stored);
         *hasher.finalize().as_bytes()
     }
@@ -266,17 +274,27 @@ impl<'a> SlotView<'a> {
         let whole = bytes.get(..header.slot_len()).ok_or(short.clone())?;
         let end = header.header_len() + index(header.stored_len);
         let stored = whole.get(header.header_len()..end).ok_or(short)?;
-        if whole[end..].iter().any(|b| *b != 0) {
-            return Err(Damage::Field {
-                structure: NAME,
-                field: "padding",
-            });
-        }
         Ok(Self {
             header,
             stored,
             bytes: whole,
         })
+    }
+
+    /// Checks that the padding is zero. A reader of the content need not care.
+    ///
+    /// # Errors
+    /// [`Damage::Field`].
+    pub fn verify_padding(&self) -> Result<(), Damage> {
+        let end = self.header.header_len() + self.stored.len();
+        if is_zero(self.bytes, end, self.bytes.len()) {
+            Ok(())
+        } else {
+            Err(Damage::Field {
+                structure: NAME,
+                field: "padding",
+            })
+        }
     }
 
     /// Checks the content against the hash, in the context where the slot should be.

@@ -5,6 +5,7 @@
 //! * [`rest`]: the control port (8443) and the local sockets.
 //! * [`sender`] and [`receiver`]: the state machines of a stream, without sockets.
 
+pub mod head;
 pub mod message;
 pub mod receiver;
 pub mod rest;

@@ -39,6 +39,28 @@ pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, WireError> {
     Ok(bytes)
 }
 
+/// Encodes what comes before the last field of a message, a blob of `blob_len` bytes that is left
+/// empty in `message`: these bytes and the blob are the encoded message.
+///
+/// # Errors
+/// [`WireError::TooLong`].
+pub(crate) fn encode_before_blob<M: Serialize>(
+    message: &M,
+    blob_len: usize,
+) -> Result<Vec<u8>, WireError> {
+    let mut bytes = encode(message)?;
+    let empty_len = bytes.pop();
+    debug_assert_eq!(empty_len, Some(0), "the last field is an empty blob");
+    bytes = postcard::to_extend(&blob_len, bytes).map_err(|_| WireError::Malformed)?;
+    let len = bytes.len() - PREFIX_BYTES + blob_len;
+    if len > MESSAGE_BYTES_MAX {
+        return Err(WireError::TooLong { len });
+    }
+    let prefix = u32::try_from(len).map_err(|_| WireError::TooLong { len })?;
+    bytes[..PREFIX_BYTES].copy_from_slice(&prefix.to_le_bytes());
+    Ok(bytes)
+}
+
 /// Reads a length prefix.
 ///
 /// # Errors

@@ -101,8 +101,6 @@ pub struct Store {
     pub idle_commit_ms: u64,
     /// Wait before a full medium is tried again.
     pub retry_ms: u64,
-    /// How long after a full medium the next try follows.
-    pub retry_ms: u64,
     /// `auto`, `io-uring` or `threads`.
     pub backend: BackendChoice,
 }
@@ -220,7 +218,6 @@ impl Default for Store {
             run_flush_entries: 1 << 20,
             crash_mark_interval_ms: 300_000,
             idle_commit_ms: 100,
-            retry_ms: 1000,
             retry_ms: 1000,
             backend: BackendChoice::Auto,
         }

@@ -1,12 +1,9 @@
 //! `afterimaged`: the appliance's daemon.
 
-use std::path::Path;
 use std::process::ExitCode;
 
-use afterimage_protocol::rest::ApiError;
 use afterimage_server::args::Args;
-use afterimage_server::config::{Config, ms};
-use afterimage_server::engine::{self, EngineSettings};
+use afterimage_server::config::Config;
 use afterimage_server::failure::StartError;
 use afterimage_server::{daemon, engine};
 use clap::Parser;

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::bytes::wide;
 use crate::segment::{
-    CommitHeader, Directory, Footer, SECTOR, SegmentHeader, SegmentIdentity, build_commit,
+    COMMIT_HEADER_BYTES, CommitHeader, Directory, Footer, SECTOR, SegmentHeader, SegmentIdentity, build_commit,
 };
 
 /// A full segment on its way to its directory.
@@ -24,6 +24,7 @@ pub(super) struct Sealing {
     pub(super) directory: Directory,
     pub(super) root: [u8; 32],
     pub(super) is_begun: bool,
+    pub(super) is_sealed: bool,
 }
 
 impl Log {
@@ -40,18 +41,6 @@ impl Log {
             segment: id,
             generation,
         };
-        let header = SegmentHeader {
-            identity,
-            first_sequence: self.next_sequence,
-            time: self.wall,
-        };
-        // The header is durable before or with the first commit: one sync covers both.
-        let op = StorageOp::Write {
-            file,
-            offset: 0,
-            buffer: header.encode(),
-        };
-        self.submit(Pending::Header, op, out);
         self.active = Some(ActiveSegment {
             identity,
             file,
@@ -61,6 +50,23 @@ impl Log {
             directory: Directory::default(),
             root: blake3::Hasher::new(),
         });
+        self.write_header(out);
+    }
+
+    fn write_header(&mut self, out: &mut Vec<LogOutput>) {
+        let Some(active) = &self.active else { return };
+        let header = SegmentHeader {
+            identity: active.identity,
+            first_sequence: active.first_sequence,
+            time: self.wall,
+        };
+        // The header is durable before or with the first commit: one sync covers both.
+        let op = StorageOp::Write {
+            file: active.file,
+            offset: 0,
+            buffer: header.encode(),
+        };
+        self.submit(Pending::Header, op, out);
     }
 
     pub(super) fn header_written(&mut self) {
@@ -69,14 +75,33 @@ impl Log {
         }
     }
 
+    /// Tries what the full medium refused again, after a while.
+    pub(super) fn retry_later(&mut self, out: &mut Vec<LogOutput>) {
+        self.retry_at = self.now.after(self.options.retry);
+        out.push(LogOutput::WakeAt(self.retry_at));
+        if !self.is_paused {
+            self.is_paused = true;
+            out.push(LogOutput::Paused { is_budget: false });
+        }
+    }
+
+    /// Says whether a write was refused for want of room and has not been tried again.
+    pub(super) fn waits_for_room(&self) -> bool {
+        self.retries_header || !self.retries.is_empty()
+    }
+
     pub(super) fn write_commits(&mut self, out: &mut Vec<LogOutput>) {
-        if let Some((sequence, at)) = self.retry_commit {
-            if at > self.now {
-                out.push(LogOutput::WakeAt(at));
+        if self.waits_for_room() {
+            if self.retry_at > self.now {
+                out.push(LogOutput::WakeAt(self.retry_at));
                 return;
             }
-            self.retry_commit = None;
-            self.rewrite(sequence, out);
+            if core::mem::take(&mut self.retries_header) {
+                self.write_header(out);
+            }
+            for sequence in core::mem::take(&mut self.retries) {
+                self.rewrite(sequence, out);
+            }
         }
         while !self.queue.is_empty() && self.writing() < self.options.commits_in_flight_max {
             if !self.write_commit(out) {
@@ -92,46 +117,34 @@ impl Log {
             .count()
     }
 
-    /// How many queued frames go into the next commit: their count, bytes and slots.
-    fn gather(&self) -> (usize, u64, u32) {
-        let mut gathered = (0, 0, 0);
+    /// How many queued frames go into the next commit.
+    fn gather(&self, active: &ActiveSegment) -> usize {
+        let (mut count, mut bytes, mut slots) = (0, 0, active.slots);
         for (_, frame) in &self.queue {
-            let bytes = frame.bytes.len() as u64;
-            if gathered.0 > 0 && gathered.1 + bytes > self.options.commit_bytes_max {
+            bytes += frame.bytes.len() as u64;
+            slots += frame.header.slot_count;
+            let length = (bytes + wide(COMMIT_HEADER_BYTES)).next_multiple_of(wide(SECTOR));
+            let end = active.write_at + length + Directory::sealed_bytes(slots);
+            let is_long = count > 0 && bytes > self.options.commit_bytes_max;
+            if is_long || end > self.options.segment_bytes {
                 break;
             }
-            gathered.0 += 1;
-            gathered.1 += bytes;
-            gathered.2 += frame.header.slot_count;
+            count += 1;
         }
-        gathered
+        count
     }
 
     /// Writes one commit; false when it must wait.
     fn write_commit(&mut self, out: &mut Vec<LogOutput>) -> bool {
-        let (mut count, mut bytes, mut slots) = self.gather();
-        loop {
-            let Some(active) = &self.active else {
-                return false;
-            };
-            if active.write_at == 0 {
-                return false;
-            }
-            let length =
-                (bytes + wide(crate::segment::COMMIT_HEADER_BYTES)).next_multiple_of(wide(SECTOR));
-            let sealed = Directory::sealed_bytes(active.slots + slots);
-            if active.write_at + length + sealed <= self.options.segment_bytes {
-                break;
-            }
-            if count > 1 {
-                count = 1;
-                bytes = self.queue[0].1.bytes.len() as u64;
-                slots = self.queue[0].1.header.slot_count;
-                continue;
-            }
+        let Some(active) = self.active.as_ref().filter(|active| active.write_at > 0) else {
+            return false;
+        };
+        let count = self.gather(active);
+        if count == 0 {
             assert!(
                 active.write_at > wide(SECTOR),
-                "a frame of {bytes} bytes does not fit a segment of {} bytes",
+                "a frame of {} bytes does not fit a segment of {} bytes",
+                self.queue[0].1.bytes.len(),
                 self.options.segment_bytes
             );
             // All of the old file is durable before the new one gets its first commit.
@@ -172,6 +185,7 @@ impl Log {
             frame_count: 0,
             first_slot: active.slots,
             slot_count: 0,
+            segment_first: active.first_sequence,
         };
         let offsets = build_commit(
             &mut header,
@@ -189,7 +203,8 @@ impl Log {
                 sequence,
             };
             if self.options.seals {
-                note_slots(&mut active.directory, &location, &frame.view());
+                let directory = &mut active.directory;
+                directory.note_frame(first_slot, offset, &frame.view());
             }
             active.root.update(&frame.header.hash);
             first_slot += frame.header.slot_count;
@@ -233,6 +248,7 @@ impl Log {
             frame_count: 0,
             first_slot: commit.first_slot,
             slot_count: 0,
+            segment_first: active.first_sequence,
         };
         let mut buffer = IoBuffer::zeroed(SECTOR);
         build_commit(
@@ -269,13 +285,8 @@ impl Log {
             }
             Ok(_) => {}
             Err(error) if error.is_no_space() => {
-                let at = self.now.after(self.options.retry);
-                self.retry_commit = Some((sequence, at));
-                out.push(LogOutput::WakeAt(at));
-                if !self.is_paused {
-                    self.is_paused = true;
-                    out.push(LogOutput::Paused { is_budget: false });
-                }
+                self.retries.insert(sequence);
+                self.retry_later(out);
             }
             Err(error) => self.fail(error.into(), out),
         }
@@ -313,7 +324,8 @@ impl Log {
             self.sealing.extend(self.unsealed.drain(..));
             self.seal_next(out);
         }
-        if self.is_paused && self.retry_commit.is_none() && !self.queue_is_starved() {
+        self.drop_leftovers(out);
+        if self.is_paused && !self.waits_for_room() && self.active.is_some() {
             self.is_paused = false;
             out.push(LogOutput::Resumed);
         }
@@ -337,13 +349,9 @@ impl Log {
         }
     }
 
-    fn queue_is_starved(&self) -> bool {
-        self.active.is_none()
-    }
-
     /// Writes an empty commit when the last data is durable and nothing says so yet.
     pub(super) fn idle_commit(&mut self, out: &mut Vec<LogOutput>) {
-        let is_covered = self.last_data_sequence <= self.marked_data();
+        let is_covered = self.last_data_sequence <= self.marked_through;
         if is_covered || !self.queue.is_empty() || !self.in_flight.is_empty() {
             return;
         }
@@ -370,10 +378,6 @@ impl Log {
         }
     }
 
-    fn marked_data(&self) -> u64 {
-        self.marked_through
-    }
-
     /// Hands the active segment over to sealing.
     fn retire(&mut self, out: &mut Vec<LogOutput>) {
         let Some(active) = self.active.take() else {
@@ -383,8 +387,9 @@ impl Log {
             self.in_flight.is_empty(),
             "a segment is retired when all of it is durable"
         );
-        if active.write_at == wide(SECTOR) {
-            // Nothing was ever written to it.
+        let is_only = self.old.is_empty() && self.sealing.is_empty();
+        if active.write_at == wide(SECTOR) && !is_only {
+            // Nothing was ever written to it. The last file of all stays: it knows the sequence.
             let name = self.file_name(active.identity.segment);
             self.submit(
                 Pending::Release,
@@ -394,8 +399,10 @@ impl Log {
             self.submit(Pending::Release, StorageOp::Remove { name }, out);
             return;
         }
-        // Its footer or its length tells that all of it was durable.
-        self.marked_through = self.durable_through;
+        if self.options.seals {
+            // Its footer tells that all of it was durable.
+            self.marked_through = self.durable_through;
+        }
         self.sealing.push_back(Sealing {
             identity: active.identity,
             file: Some(active.file),
@@ -406,6 +413,7 @@ impl Log {
             directory: active.directory,
             root: *active.root.finalize().as_bytes(),
             is_begun: false,
+            is_sealed: false,
         });
         self.seal_next(out);
     }
@@ -473,8 +481,11 @@ impl Log {
         let outcome = match result {
             Ok(outcome) => outcome,
             // The medium is full: the segment stays without a directory and is walked instead.
-            Err(error) if error.is_no_space() => {
-                self.finish_seal(id, out);
+            Err(error) if error.is_no_space() && step == SealStep::Write => {
+                let close = sealing.file.map(|file| StorageOp::Close { file });
+                if let Some(close) = close {
+                    self.submit(Pending::Seal(SealStep::Close), close, out);
+                }
                 return;
             }
             Err(error) => {
@@ -493,7 +504,10 @@ impl Log {
             }
             SealStep::Write => (SealStep::Shorten, StorageOp::SetLength { file, length }),
             SealStep::Shorten => (SealStep::Sync, StorageOp::Sync { file }),
-            SealStep::Sync => (SealStep::Close, StorageOp::Close { file }),
+            SealStep::Sync => {
+                sealing.is_sealed = true;
+                (SealStep::Close, StorageOp::Close { file })
+            }
             SealStep::Close => {
                 self.finish_seal(id, out);
                 return;
@@ -506,7 +520,7 @@ impl Log {
         let Some(sealing) = self.sealing.pop_front() else {
             return;
         };
-        let bytes = if self.options.seals {
+        let bytes = if sealing.is_sealed {
             sealing.sealed_end
         } else {
             self.options.segment_bytes
@@ -519,10 +533,11 @@ impl Log {
             bytes,
         });
         self.old.make_contiguous().sort_by_key(|old| old.id);
-        if self.options.seals {
+        if sealing.is_sealed {
             out.push(LogOutput::Sealed { segment: id, bytes });
         }
         self.seal_next(out);
+        self.release(out);
     }
 
     pub(super) fn close_if_done(&mut self, out: &mut Vec<LogOutput>) {
@@ -551,16 +566,5 @@ impl Log {
                 out.push(LogOutput::Closed);
             }
         }
-    }
-}
-
-/// Notes where the slots of a placed frame lie.
-pub(super) fn note_slots(
-    directory: &mut Directory,
-    location: &FrameLocation,
-    frame: &crate::frame::FrameView<'_>,
-) {
-    for (slot, offset) in (location.first_slot..).zip(frame.slot_offsets()) {
-        directory.set(slot, location.offset + wide(offset));
     }
 }

@@ -19,16 +19,17 @@ mod recover;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use afterimage_blockdev::{
-    Capacity, FileId, FileName, Lsn, Monotonic, SegmentId, StorageCompletion, StorageError,
+    Capacity, DiskId, FileId, FileName, HistoryId, Lsn, Monotonic, SegmentId, SlotIndex, StorageCompletion, StorageError,
     StorageOp, StorageOutcome, StoreId, Timestamp, Token,
 };
 
 use crate::error::{CacheError, Damage};
-use crate::frame::Frame;
+use crate::frame::{Frame, FrameIdentity};
+pub use crate::segment::SalvagedRecord;
 use crate::segment::{Directory, SegmentIdentity};
 
 /// How a log behaves.
@@ -132,7 +133,46 @@ pub enum LogOutput {
         /// The frame.
         frame: Frame,
     },
-    /// Commits that were durable are damaged. Later ones are kept.
+    /// A slot of the frame just given back is damaged on the medium. The frame's other slots are
+    /// good, and its record is known.
+    DamagedSlot {
+        /// Where the frame lies.
+        location: FrameLocation,
+        /// Index of the slot in the segment.
+        slot: SlotIndex,
+        /// The record that it belongs to.
+        lsn: Lsn,
+        /// The disk that the record is about.
+        disk: DiskId,
+        /// The history.
+        history: HistoryId,
+    },
+    /// A frame found at start, in order, of which only some records are whole. Other records may
+    /// be damaged beyond what [`crate::FrameView::records`] can walk: use the ranges.
+    Salvaged {
+        /// Where it lies.
+        location: FrameLocation,
+        /// Whose records.
+        identity: FrameIdentity,
+        /// The frame's bytes.
+        bytes: Vec<u8>,
+        /// The records that are whole.
+        intact: Vec<SalvagedRecord>,
+        /// LSNs of the records that are not.
+        lost: Vec<Lsn>,
+    },
+    /// Bytes of a log file are damaged, but nothing was lost by it: what they said is known from
+    /// elsewhere.
+    Mended {
+        /// Where.
+        segment: SegmentId,
+        /// Byte offset there.
+        offset: u64,
+        /// What is wrong with the bytes.
+        damage: Damage,
+    },
+    /// Commits that were durable are damaged, and what is not given back of them is lost. Later
+    /// ones are kept.
     Lost {
         /// Where the damage begins.
         segment: SegmentId,
@@ -265,6 +305,8 @@ pub struct Log {
     sealing: VecDeque<commit::Sealing>,
     /// Found at start without a directory; sealed once a new segment's header is durable.
     unsealed: Vec<commit::Sealing>,
+    /// Found at start, all void; removed once a new segment's header is durable.
+    leftovers: Vec<SegmentId>,
     old: VecDeque<OldSegment>,
     next_segment: u32,
     next_sequence: u64,
@@ -278,7 +320,12 @@ pub struct Log {
     in_flight: VecDeque<InFlight>,
     is_syncing: bool,
     is_paused: bool,
-    retry_commit: Option<(u64, Monotonic)>,
+    /// Writes that the full medium refused: commits, and the header of the active segment.
+    retries: BTreeSet<u64>,
+    retries_header: bool,
+    retry_at: Monotonic,
+    released_through: u64,
+    closes_when_ready: bool,
     spare_buffers: Vec<afterimage_blockdev::IoBuffer>,
     wall: Timestamp,
 }
@@ -298,6 +345,7 @@ impl Log {
             active: None,
             sealing: VecDeque::new(),
             unsealed: Vec::new(),
+            leftovers: Vec::new(),
             old: VecDeque::new(),
             next_segment: 1,
             next_sequence: 1,
@@ -310,7 +358,11 @@ impl Log {
             in_flight: VecDeque::new(),
             is_syncing: false,
             is_paused: false,
-            retry_commit: None,
+            retries: BTreeSet::new(),
+            retries_header: false,
+            retry_at: Monotonic(0),
+            released_through: 0,
+            closes_when_ready: false,
             spare_buffers: Vec::new(),
             wall: Timestamp(0),
         }
@@ -364,7 +416,11 @@ impl Log {
             LogInput::Append { token, frame } => self.append(token, frame),
             LogInput::Storage(completion) => self.storage(completion, out),
             LogInput::Tick => {}
-            LogInput::Release { through_sequence } => self.release(through_sequence, out),
+            LogInput::Release { through_sequence } => {
+                self.released_through = self.released_through.max(through_sequence);
+                self.release(out);
+            }
+            LogInput::Close if self.phase == Phase::Recovering => self.closes_when_ready = true,
             LogInput::Close => self.phase = Phase::Closing,
         }
         if matches!(self.phase, Phase::Running | Phase::Closing) {
@@ -387,6 +443,18 @@ impl Log {
 
     fn fail(&mut self, error: CacheError, out: &mut Vec<LogOutput>) {
         self.phase = Phase::Failed;
+        self.pending.clear();
+        let active = self.active.take().map(|active| active.file);
+        let sealing = self.sealing.drain(..).filter_map(|sealing| sealing.file);
+        let files: Vec<_> = active
+            .into_iter()
+            .chain(sealing)
+            .chain(self.prepare.abandon())
+            .chain(self.recovery.abandon())
+            .collect();
+        for file in files {
+            self.submit(Pending::Release, StorageOp::Close { file }, out);
+        }
         out.push(LogOutput::Failed(error));
     }
 
@@ -402,6 +470,10 @@ impl Log {
             }
             Pending::Header => match completion.result {
                 Ok(_) => self.header_written(),
+                Err(error) if error.is_no_space() => {
+                    self.retries_header = true;
+                    self.retry_later(out);
+                }
                 Err(error) => self.fail(error.into(), out),
             },
             Pending::Commit { sequence } => self.commit_written(sequence, completion.result, out),
@@ -420,12 +492,15 @@ impl Log {
         self.close_if_done(out);
     }
 
-    fn release(&mut self, through: u64, out: &mut Vec<LogOutput>) {
+    fn release(&mut self, out: &mut Vec<LogOutput>) {
         while let Some(old) = self.old.front().copied() {
-            if old.last_sequence > through {
+            let is_sealing = |sealing: &commit::Sealing| sealing.identity.segment == old.id;
+            let is_needed = self.released_through == 0 || old.last_sequence > self.released_through;
+            if is_needed || self.sealing.iter().any(is_sealing) {
                 break;
             }
             self.old.pop_front();
+            self.unsealed.retain(|unsealed| !is_sealing(unsealed));
             let name = self.file_name(old.id);
             if self.options.recycles && self.prepare.can_recycle() && !self.options.seals {
                 self.recycle(old, out);
@@ -433,6 +508,15 @@ impl Log {
                 self.submit(Pending::Release, StorageOp::Remove { name }, out);
             }
             out.push(LogOutput::Released { segment: old.id });
+            self.prepare.try_again();
+        }
+    }
+
+    /// Removes files that hold nothing but what a cut made void.
+    fn drop_leftovers(&mut self, out: &mut Vec<LogOutput>) {
+        for id in core::mem::take(&mut self.leftovers) {
+            let name = self.file_name(id);
+            self.submit(Pending::Release, StorageOp::Remove { name }, out);
         }
     }
 

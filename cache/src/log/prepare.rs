@@ -18,7 +18,8 @@ pub(super) struct Prepare {
     next_zero: u64,
     zeroes_in_flight: u32,
     retry_at: Monotonic,
-    has_no_space: bool,
+    /// Why there was no room when it was last tried: the budget, else the medium.
+    no_room: Option<bool>,
     buffers: Vec<IoBuffer>,
 }
 
@@ -57,6 +58,18 @@ impl Prepare {
             .map(|(id, file)| (id, file, self.generation))
     }
 
+    /// Forgets the waiting time: room may have come.
+    pub(super) fn try_again(&mut self) {
+        self.retry_at = Monotonic(0);
+    }
+
+    /// Gives up what is being prepared; the file is left for the next start.
+    pub(super) fn abandon(&mut self) -> Option<FileId> {
+        let is_open = matches!(self.step, Step::Zero | Step::Sync | Step::SyncDirectory | Step::Ready);
+        self.step = Step::Idle;
+        self.file.take().map(|(_, file)| file).filter(|_| is_open)
+    }
+
     pub(super) fn is_busy(&self) -> bool {
         !matches!(self.step, Step::Idle | Step::Ready)
     }
@@ -65,17 +78,18 @@ impl Prepare {
 impl Log {
     /// Begins to prepare when there is nothing ready and the active segment is being used.
     pub(super) fn prepare_next(&mut self, out: &mut Vec<LogOutput>) {
-        let is_wanted = self.phase == Phase::Running
-            && self.prepare.step == Step::Idle
-            && self
-                .active
-                .as_ref()
-                .is_none_or(|active| active.slots > 0 || active.write_at > 8192);
-        if !is_wanted {
+        let is_used = |active: &super::ActiveSegment| active.slots > 0 || active.write_at > 8192;
+        let is_wanted = match self.phase {
+            Phase::Running => self.active.as_ref().is_none_or(is_used),
+            Phase::Closing => self.active.is_none() && !self.queue.is_empty(),
+            _ => false,
+        };
+        if !is_wanted || self.prepare.step != Step::Idle {
             return;
         }
         if self.prepare.retry_at > self.now {
             out.push(LogOutput::WakeAt(self.prepare.retry_at));
+            self.pause_if_starved(out);
             return;
         }
         let needed = self
@@ -107,10 +121,18 @@ impl Log {
 
     fn no_room(&mut self, is_budget: bool, out: &mut Vec<LogOutput>) {
         self.prepare.retry_at = self.now.after(self.options.retry);
-        self.prepare.has_no_space = true;
+        self.prepare.no_room = Some(is_budget);
         out.push(LogOutput::WakeAt(self.prepare.retry_at));
-        let is_starved = self.active.is_none() || !self.queue.is_empty();
-        if !self.is_paused && is_starved {
+        self.drop_leftovers(out);
+        self.pause_if_starved(out);
+    }
+
+    /// Appends wait only when the active segment is full too.
+    fn pause_if_starved(&mut self, out: &mut Vec<LogOutput>) {
+        let Some(is_budget) = self.prepare.no_room else {
+            return;
+        };
+        if !self.is_paused && self.active.is_none() {
             self.is_paused = true;
             out.push(LogOutput::Paused { is_budget });
         }
@@ -131,9 +153,10 @@ impl Log {
                 self.create(out);
                 return;
             }
-            Err(error) if self.prepare.step == Step::Zero || self.prepare.step == Step::Sync => {
+            // A file that could not be removed is found at the next start.
+            Err(_) if self.prepare.step == Step::Remove => {
                 self.prepare.zeroes_in_flight = self.prepare.zeroes_in_flight.saturating_sub(1);
-                self.fail(error.into(), out);
+                self.finish_removal(out);
                 return;
             }
             Err(error) => {
@@ -176,8 +199,8 @@ impl Log {
             }
             Step::SyncDirectory => {
                 self.prepare.step = Step::Ready;
-                self.prepare.has_no_space = false;
-                if self.is_paused {
+                self.prepare.no_room = None;
+                if self.is_paused && !self.waits_for_room() {
                     self.is_paused = false;
                     out.push(LogOutput::Resumed);
                 }
@@ -207,8 +230,8 @@ impl Log {
         };
         self.prepare.file = Some((id, file));
         self.prepare.step = Step::Zero;
-        // A recycled file is written already; only what is missing gets zeroes. Its first sector
-        // is zeroed anyway, so that the old header does not stand under the new name.
+        // A recycled file is written already; only what is missing gets zeroes. Its old header and
+        // commits name another segment, and so do not count under the new name.
         self.prepare.next_zero = if length >= self.options.segment_bytes {
             self.options.segment_bytes
         } else {
@@ -254,9 +277,15 @@ impl Log {
 
     /// The medium filled up under the new file: take it away and try again later.
     fn give_up(&mut self, out: &mut Vec<LogOutput>) {
-        let was_zeroing = self.prepare.step == Step::Zero;
-        if was_zeroing || self.prepare.step == Step::Remove {
-            self.prepare.zeroes_in_flight = self.prepare.zeroes_in_flight.saturating_sub(1);
+        match self.prepare.step {
+            Step::Zero | Step::Remove => {
+                self.prepare.zeroes_in_flight = self.prepare.zeroes_in_flight.saturating_sub(1);
+            }
+            // There is no open file yet. A renamed one keeps its new name and is found at start.
+            Step::Create | Step::Rename | Step::Reopen | Step::Capacity => {
+                self.prepare.file = None;
+            }
+            _ => {}
         }
         self.prepare.step = Step::Remove;
         self.finish_removal(out);

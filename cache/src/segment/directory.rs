@@ -1,17 +1,24 @@
 //! The end of a sealed segment: where each slot lies, and the footer that says so.
 
-use afterimage_blockdev::{IoBuffer, SegmentId, StoreId};
+use afterimage_blockdev::{HistoryId, IoBuffer, SegmentId, StoreId};
 
-use super::{SECTOR, SegmentIdentity};
+use super::{SECTOR, SalvagedRecord, SegmentIdentity, SegmentScan};
 use crate::bytes::{array, get_u16, get_u32, get_u64, index, is_zero, narrow, put, wide};
 use crate::error::Damage;
+use crate::frame::FrameView;
+use crate::record::{RECORD_HEADER_BYTES, RecordView};
+use crate::slot::{SLOT_HEADER_BYTES, TAG_BYTES};
 
 /// Bytes of the footer; it is the last sector of the file.
 pub const FOOTER_BYTES: usize = SECTOR;
 
+/// Fewest bytes that a slot takes: a header and one tag.
+const SLOT_BYTES_MIN: usize = SLOT_HEADER_BYTES + TAG_BYTES;
 const FOOTER_MAGIC: &[u8; 8] = b"AILOGEND";
 const VERSION: u16 = 1;
 const HASH_AT: usize = 128;
+
+const _: () = assert!(HASH_AT + 40 <= FOOTER_BYTES);
 const NAME: &str = "log segment footer";
 
 /// Byte offset of each slot of a segment, in units of 8 bytes. 0 stands for a lost slot.
@@ -33,6 +40,42 @@ impl Directory {
             self.offsets.resize(place + 1, 0);
         }
         self.offsets[place] = u32::try_from(offset / 8).expect("segments are below 32 GiB");
+    }
+
+    /// As [`Directory::note_frame`], for the records that were salvaged of a frame.
+    pub(crate) fn note_records(
+        &mut self,
+        offset: u64,
+        frame: &[u8],
+        records: &[SalvagedRecord],
+        history: HistoryId,
+    ) {
+        for found in records {
+            let Some(bytes) = frame.get(found.range.clone()) else {
+                continue;
+            };
+            let Ok((record, _)) = RecordView::parse(bytes) else {
+                continue;
+            };
+            let body = offset + wide(found.range.start + RECORD_HEADER_BYTES);
+            let slots = record.slots(history).map_while(Result::ok);
+            for (slot, (at, _, _)) in (found.first_slot..).zip(slots) {
+                self.set(slot, body + wide(at));
+            }
+        }
+    }
+
+    /// Sets the byte offsets of a frame's slots, the first of which is `first_slot`; the frame lies
+    /// at `offset` of the segment.
+    pub fn note_frame(&mut self, first_slot: u32, offset: u64, frame: &FrameView<'_>) {
+        for (slot, at) in (first_slot..).zip(frame.slot_offsets()) {
+            let place = offset + wide(at);
+            // Every slot takes its bytes, so a number beyond that is not one of ours.
+            let is_possible = u64::from(slot) * wide(SLOT_BYTES_MIN) <= place;
+            if at != 0 && is_possible {
+                self.set(slot, place);
+            }
+        }
     }
 
     /// Byte offset of a slot; `None` when it is lost or does not exist.
@@ -132,6 +175,12 @@ impl Footer {
         bytes
     }
 
+    /// Says whether damaged bytes were a footer, by most of its magic.
+    pub(crate) fn is_likely(bytes: &[u8]) -> bool {
+        let equal = FOOTER_MAGIC.iter().zip(bytes).filter(|(a, b)| a == b);
+        equal.count() > FOOTER_MAGIC.len() / 2
+    }
+
     /// Reads a footer.
     ///
     /// # Errors
@@ -142,14 +191,6 @@ impl Footer {
         if bytes[..8] != FOOTER_MAGIC[..] {
             return Err(Damage::Magic { structure: NAME });
         }
-        let version = get_u16(bytes, 8).ok_or_else(short)?;
-        if version > VERSION {
-            return Err(Damage::Version {
-                structure: NAME,
-                found: version,
-                supported: VERSION,
-            });
-        }
         let directory_offset = get_u64(bytes, HASH_AT + 32).ok_or_else(short)?;
         let mut hasher = blake3::Hasher::new();
         hasher.update(&bytes[..HASH_AT]);
@@ -157,6 +198,14 @@ impl Footer {
         let hash: [u8; 32] = array(bytes, HASH_AT).ok_or_else(short)?;
         if *hasher.finalize().as_bytes() != hash || !is_zero(bytes, HASH_AT + 40, FOOTER_BYTES) {
             return Err(Damage::Hash { structure: NAME });
+        }
+        let version = get_u16(bytes, 8).ok_or_else(short)?;
+        if version > VERSION {
+            return Err(Damage::Version {
+                structure: NAME,
+                found: version,
+                supported: VERSION,
+            });
         }
         Ok(Self {
             identity: SegmentIdentity {
@@ -172,4 +221,22 @@ impl Footer {
             directory_hash: array(bytes, 96).ok_or_else(short)?,
         })
     }
+}
+
+/// Finds again where the slots of a segment lie, when its directory is damaged: `bytes` are those
+/// of the whole file. Slots of damaged commits are missing from it.
+#[must_use]
+pub fn rebuild_directory(bytes: &[u8], store: StoreId, segment: SegmentId) -> Directory {
+    let mut directory = Directory::default();
+    let mut scan = SegmentScan::new(bytes, store, segment);
+    while let Some(item) = scan.step() {
+        let Ok(commit) = item else { continue };
+        let mut slot = commit.header.first_slot;
+        for at in commit.frames {
+            let Some(frame) = scan.frame(at) else { continue };
+            directory.note_frame(slot, at, &frame);
+            slot = slot.saturating_add(frame.header.slot_count);
+        }
+    }
+    directory
 }

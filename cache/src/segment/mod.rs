@@ -7,22 +7,28 @@
 //!
 //! Invariants
 //! * Every commit names its store, segment, generation and sequence, so that a stale commit of a
-//!   recycled file never passes for a live one, and the header is not needed to read a segment.
+//!   recycled file never passes for a live one, and repeats where its segment began, so that the
+//!   segment's header is not needed to read it, nor to tell which earlier commits are void.
 //! * A commit says up to which sequence its predecessors were durable when it was built. Damage at
 //!   or below the highest such mark is corruption; beyond it, it is the tail of a crash.
 //! * Slot numbers are given by the commit header, so a lost commit does not renumber later ones.
 
 mod directory;
+mod salvage;
 mod scan;
+#[cfg(test)]
+mod tests;
 
-pub use directory::{Directory, FOOTER_BYTES, Footer};
+pub use directory::{Directory, FOOTER_BYTES, Footer, rebuild_directory};
+pub use salvage::{Piece, SalvagedRecord};
+pub(crate) use salvage::{Region, damage_of_commit, salvage};
 pub use scan::{FoundCommit, ScanEnd, SegmentScan};
 
 use afterimage_blockdev::{FileName, IoBuffer, SegmentId, StoreId, Timestamp};
 
 use crate::bytes::{array, get_u16, get_u32, get_u64, is_zero, put};
 use crate::error::Damage;
-use crate::frame::{Frame, FrameView};
+use crate::frame::{DamagedSlot, Frame, FrameView};
 
 /// Alignment of every commit, and bytes of the segment's header.
 pub const SECTOR: usize = 4096;
@@ -34,6 +40,9 @@ pub const SEGMENT_VERSION: u16 = 1;
 const SEGMENT_MAGIC: &[u8; 8] = b"AILOGSEG";
 const COMMIT_MAGIC: &[u8; 8] = b"AICOMMIT";
 const HASH_AT: usize = 96;
+
+const _: () = assert!(HASH_AT + 32 == COMMIT_HEADER_BYTES && COMMIT_HEADER_BYTES.is_multiple_of(8));
+const _: () = assert!(SECTOR.is_multiple_of(4096) && SECTOR > COMMIT_HEADER_BYTES);
 
 /// Which file a commit belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -85,6 +94,11 @@ impl SegmentHeader {
         if bytes[..8] != SEGMENT_MAGIC[..] {
             return Err(Damage::Magic { structure: NAME });
         }
+        // The hash comes first: a damaged version is damage, not a newer program's work.
+        let hash: [u8; 32] = array(bytes, HASH_AT).ok_or_else(short)?;
+        if *blake3::hash(&bytes[..HASH_AT]).as_bytes() != hash {
+            return Err(Damage::Hash { structure: NAME });
+        }
         let version = get_u16(bytes, 8).ok_or_else(short)?;
         if version > SEGMENT_VERSION {
             let supported = SEGMENT_VERSION;
@@ -94,11 +108,11 @@ impl SegmentHeader {
                 supported,
             });
         }
-        let hash: [u8; 32] = array(bytes, HASH_AT).ok_or_else(short)?;
-        if *blake3::hash(&bytes[..HASH_AT]).as_bytes() != hash
-            || !is_zero(bytes, HASH_AT + 32, SECTOR)
-        {
-            return Err(Damage::Hash { structure: NAME });
+        if !is_zero(bytes, HASH_AT + 32, SECTOR) {
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "reserved bytes",
+            });
         }
         Ok(Self {
             identity: SegmentIdentity {
@@ -131,6 +145,8 @@ pub struct CommitHeader {
     pub first_slot: u32,
     /// Number of slots.
     pub slot_count: u32,
+    /// Sequence of the segment's first commit, as in [`SegmentHeader::first_sequence`].
+    pub segment_first: u64,
 }
 
 impl CommitHeader {
@@ -147,7 +163,19 @@ impl CommitHeader {
         put(&mut bytes, 64, &self.durable_through.to_le_bytes());
         put(&mut bytes, 72, &self.first_slot.to_le_bytes());
         put(&mut bytes, 76, &self.slot_count.to_le_bytes());
+        put(&mut bytes, 80, &self.segment_first.to_le_bytes());
+        put(&mut bytes, 88, &SEGMENT_VERSION.to_le_bytes());
         bytes
+    }
+
+    /// The hash of a commit with these fields and the hashes of its frames.
+    fn compute_hash<'a>(&self, frames: impl Iterator<Item = &'a [u8; 32]>) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.encode_without_hash());
+        for hash in frames {
+            hasher.update(hash);
+        }
+        *hasher.finalize().as_bytes()
     }
 
     fn decode(bytes: &[u8]) -> Result<(Self, [u8; 32]), Damage> {
@@ -172,11 +200,14 @@ impl CommitHeader {
             durable_through: u64_at(64)?,
             first_slot: u32_at(72)?,
             slot_count: u32_at(76)?,
+            segment_first: u64_at(80)?,
         };
         let is_legal = header.length >= SECTOR as u64
             && header.length.is_multiple_of(SECTOR as u64)
             && header.durable_through < header.sequence
-            && is_zero(bytes, 80, HASH_AT);
+            && header.segment_first <= header.sequence
+            && get_u16(bytes, 88) == Some(SEGMENT_VERSION)
+            && is_zero(bytes, 90, HASH_AT);
         if !is_legal {
             return Err(Damage::Field {
                 structure: NAME,
@@ -203,28 +234,26 @@ pub fn build_commit<'a>(
     for frame in frames {
         offsets.push(buffer.len() as u64);
         buffer.extend_from_slice(&frame.bytes);
-        hashes.extend_from_slice(&frame.header.hash);
+        hashes.push(frame.header.hash);
         header.frame_count += 1;
         header.slot_count += frame.header.slot_count;
     }
     buffer.pad_to(SECTOR);
     header.length = buffer.len() as u64;
-    let encoded = header.encode_without_hash();
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&encoded);
-    hasher.update(&hashes);
-    put(buffer, 0, &encoded);
-    put(buffer, HASH_AT, hasher.finalize().as_bytes());
+    put(buffer, 0, &header.encode_without_hash());
+    put(buffer, HASH_AT, &header.compute_hash(hashes.iter()));
     offsets
 }
 
-/// A commit in somebody's buffer, with the structure checked and all content verified.
+/// A commit in somebody's buffer: headers, notes and order are whole; slots may not be.
 #[derive(Clone, Debug)]
 pub struct CommitView<'a> {
     /// The header.
     pub header: CommitHeader,
     /// The frames and the offset of each within the commit.
     pub frames: Vec<(u64, FrameView<'a>)>,
+    /// Slots whose content is bad: the place of the frame, and the slot.
+    pub damaged: Vec<(usize, DamagedSlot)>,
 }
 
 impl<'a> CommitView<'a> {
@@ -233,6 +262,21 @@ impl<'a> CommitView<'a> {
     /// # Errors
     /// [`Damage`] when anything of it is not as it was written.
     pub fn accept(bytes: &'a [u8], offset: u64) -> Result<Self, Damage> {
+        let commit = Self::accept_skeleton(bytes, offset)?;
+        match commit.damaged.into_iter().next() {
+            Some((_, slot)) => Err(slot.damage),
+            None => Ok(Self {
+                damaged: Vec::new(),
+                ..commit
+            }),
+        }
+    }
+
+    /// As [`CommitView::accept`], but slots may be damaged.
+    ///
+    /// # Errors
+    /// [`Damage`] when anything but a slot's content is not as it was written.
+    pub fn accept_skeleton(bytes: &'a [u8], offset: u64) -> Result<Self, Damage> {
         const NAME: &str = "commit";
         let (header, hash) = CommitHeader::decode(bytes)?;
         let wrong = |field| Damage::Field {
@@ -246,21 +290,19 @@ impl<'a> CommitView<'a> {
         let bytes = bytes
             .get(..length)
             .ok_or(Damage::Short { structure: NAME })?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&bytes[..HASH_AT]);
         let mut at = COMMIT_HEADER_BYTES;
         let mut frames = Vec::new();
         let mut slots = 0u32;
         for _ in 0..header.frame_count {
             let frame = FrameView::parse(bytes.get(at..).unwrap_or(&[]))?;
-            hasher.update(&frame.header.hash);
             slots = slots
                 .checked_add(frame.header.slot_count)
                 .ok_or(wrong("slot count"))?;
             frames.push((at as u64, frame));
             at += frame.bytes.len();
         }
-        if *hasher.finalize().as_bytes() != hash {
+        let hashes = frames.iter().map(|(_, frame)| &frame.header.hash);
+        if header.compute_hash(hashes) != hash {
             return Err(Damage::Hash { structure: NAME });
         }
         if slots != header.slot_count {
@@ -269,10 +311,16 @@ impl<'a> CommitView<'a> {
         if !is_zero(bytes, at, length) {
             return Err(wrong("padding"));
         }
-        for (_, frame) in &frames {
-            frame.verify()?;
+        let mut damaged = Vec::new();
+        for (place, (_, frame)) in frames.iter().enumerate() {
+            let slots = frame.verify_skeleton()?;
+            damaged.extend(slots.into_iter().map(|slot| (place, slot)));
         }
-        Ok(Self { header, frames })
+        Ok(Self {
+            header,
+            frames,
+            damaged,
+        })
     }
 }
 

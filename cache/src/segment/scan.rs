@@ -2,17 +2,20 @@
 
 use afterimage_blockdev::{SegmentId, StoreId};
 
-use super::{CommitHeader, CommitView, SECTOR, SegmentHeader};
+use super::salvage::frames_end;
+use super::{COMMIT_HEADER_BYTES, CommitHeader, CommitView, SECTOR, SegmentHeader};
 use crate::error::Damage;
-use crate::frame::FrameView;
+use crate::frame::{DamagedSlot, FrameView};
 
-/// A whole commit.
+/// A commit whose headers, notes and order are whole.
 #[derive(Clone, Debug)]
 pub struct FoundCommit {
     /// Its header.
     pub header: CommitHeader,
     /// Byte offset of each frame within the segment.
     pub frames: Vec<u64>,
+    /// Slots whose content is bad: the place of the frame in `frames`, and the slot.
+    pub damaged: Vec<(usize, DamagedSlot)>,
 }
 
 /// What lies between or behind whole commits.
@@ -70,18 +73,21 @@ impl<'a> SegmentScan<'a> {
         }
     }
 
-    fn accept(&self, at: usize) -> Result<CommitView<'a>, Damage> {
-        let structure = "commit";
-        let rest = self.bytes.get(at..).ok_or(Damage::Short { structure })?;
-        let commit = CommitView::accept(rest, at as u64)?;
-        let identity = commit.header.identity;
-        let is_ours = identity.store == self.store
+    fn is_ours(&self, header: &CommitHeader) -> bool {
+        let identity = header.identity;
+        identity.store == self.store
             && identity.segment == self.segment
             && self
                 .generation
                 .is_none_or(|generation| generation == identity.generation)
-            && commit.header.sequence > self.last_sequence;
-        if is_ours {
+            && header.sequence > self.last_sequence
+    }
+
+    fn accept(&self, at: usize) -> Result<CommitView<'a>, Damage> {
+        let structure = "commit";
+        let rest = self.bytes.get(at..).ok_or(Damage::Short { structure })?;
+        let commit = CommitView::accept_skeleton(rest, at as u64)?;
+        if self.is_ours(&commit.header) {
             Ok(commit)
         } else {
             Err(Damage::Field {
@@ -91,7 +97,7 @@ impl<'a> SegmentScan<'a> {
         }
     }
 
-    /// The next whole commit, or where the walk broke off and goes on. `None` at the end.
+    /// The next commit, or where the walk broke off and goes on. `None` at the end.
     pub fn step(&mut self) -> Option<Result<FoundCommit, ScanEnd>> {
         if self.at >= self.bytes.len() {
             return None;
@@ -104,17 +110,16 @@ impl<'a> SegmentScan<'a> {
                 self.last_sequence = header.sequence;
                 // `accept` has found the whole length in the buffer.
                 self.at += usize::try_from(header.length).unwrap_or(self.bytes.len());
-                let frames = commit.frames.iter().map(|(at, _)| start + at).collect();
-                Some(Ok(FoundCommit { header, frames }))
+                Some(Ok(FoundCommit {
+                    header,
+                    frames: commit.frames.iter().map(|(at, _)| start + at).collect(),
+                    damaged: commit.damaged,
+                }))
             }
             Err(damage) => {
                 let offset = self.at as u64;
-                let mut next = self.at + SECTOR;
-                while next < self.bytes.len() && self.accept(next).is_err() {
-                    next += SECTOR;
-                }
-                self.at = next;
-                let resumed = (next < self.bytes.len()).then_some(next as u64);
+                self.at = self.resume(self.at);
+                let resumed = (self.at < self.bytes.len()).then_some(self.at as u64);
                 Some(Err(ScanEnd {
                     offset,
                     damage,
@@ -122,6 +127,29 @@ impl<'a> SegmentScan<'a> {
                 }))
             }
         }
+    }
+
+    /// Where the next whole commit begins after a bad one. What a slot holds is chosen by its
+    /// writer and could look like a commit: so whatever can be told of the bad one's length is
+    /// jumped over.
+    fn resume(&self, at: usize) -> usize {
+        let end = self.bytes.len();
+        let header = CommitHeader::decode(&self.bytes[at..])
+            .ok()
+            .map(|(header, _)| header)
+            .filter(|header| header.offset == at as u64 && self.is_ours(header));
+        let by_header = header
+            .and_then(|header| usize::try_from(header.length).ok())
+            .and_then(|length| at.checked_add(length));
+        if let Some(next) = by_header.filter(|next| *next < end && self.accept(*next).is_ok()) {
+            return next;
+        }
+        let by_frames = frames_end(self.bytes, at + COMMIT_HEADER_BYTES, end);
+        let mut next = by_frames.next_multiple_of(SECTOR).max(at + SECTOR);
+        while next < end && self.accept(next).is_err() {
+            next += SECTOR;
+        }
+        next.min(end)
     }
 
     /// The frame at a byte offset that [`FoundCommit`] named.

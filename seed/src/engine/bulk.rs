@@ -59,6 +59,8 @@ struct BulkSegment {
 pub(super) struct BulkSegments {
     open: Option<SegmentId>,
     all: BTreeMap<SegmentId, BulkSegment>,
+    /// The medium was full, and streams were told.
+    has_paused: bool,
 }
 
 impl BulkSegments {
@@ -291,6 +293,7 @@ impl Engine {
             }
             let name = seed_file(id);
             self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Remove { name }, out);
+            self.bulk.has_paused = true;
             out.push(Output::Event(Event::Paused { is_budget: false }));
         }
         out.push(Output::WakeAt(retry_at));
@@ -309,7 +312,7 @@ impl Engine {
             map.bulk_cell(context.cell.0);
             self.open_entries += 1;
         }
-        if self.is_paused.is_none() {
+        if core::mem::take(&mut self.bulk.has_paused) && self.is_paused.is_none() {
             out.push(Output::Event(Event::Resumed));
         }
         for waiting in segment.waiting {

@@ -238,9 +238,9 @@ impl Job {
 
     fn want(&self, resolved: &Resolved, cell: CellIndex, place: usize, at: (u64, u64)) -> Want {
         let layer = &self.snapshot.layers[usize::from(resolved.layer) - 1];
-        // The mask is the slot's own; its hash vouches for it.
+        // The mask is taken from the slot when it is read; its hash vouches for it.
         let context =
-            SlotContext::uniform(self.snapshot.disk, layer.history, cell, 0, resolved.lsn);
+            SlotContext::uniform(self.snapshot.disk, layer.history, cell, 15, resolved.lsn);
         Want {
             segment: resolved.segment,
             slot: resolved.slot,
@@ -346,7 +346,7 @@ impl Want {
             context.history,
             context.cell,
             slot.header.mask,
-            context.lsns.iter().copied().max().unwrap_or_default(),
+            context.lsns[0],
         )
     }
 }

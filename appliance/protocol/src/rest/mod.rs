@@ -2,6 +2,8 @@
 
 pub mod agent;
 pub mod server;
+pub mod time;
+pub mod token;
 
 use afterimage_blockdev::ErrorClass;
 use serde::{Deserialize, Serialize};

@@ -22,6 +22,90 @@ pub struct Token {
     pub expires: Timestamp,
 }
 
+/// `POST /v1/renew`: a new certificate for the agent whose certificate comes with the request.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Renew {
+    /// Certificate signing request, PEM.
+    pub request_pem: String,
+}
+
+/// The answer to [`Renew`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Renewed {
+    /// The agent's certificate, PEM.
+    pub certificate_pem: String,
+    /// When it expires.
+    pub expires: Timestamp,
+}
+
+/// `POST /v1/certificates/admin`: makes a certificate that may do everything on the control port.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IssueAdmin {
+    /// Who it is for, for people.
+    pub name: String,
+}
+
+/// The answer to [`IssueAdmin`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AdminIdentity {
+    /// The certificate, PEM.
+    pub certificate_pem: String,
+    /// Its private key, PEM. The appliance keeps no copy.
+    pub key_pem: String,
+    /// The authority's certificate, PEM.
+    pub authority_pem: String,
+    /// When it expires.
+    pub expires: Timestamp,
+}
+
+/// `POST /v1/machines/{machine}/move`: gives a machine to another agent; the present one is fenced.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveMachine {
+    /// Who may write from now on.
+    pub agent: AgentId,
+}
+
+/// One enrolled agent; `GET /v1/agents` lists them. `POST /v1/agents/{agent}/revoke` makes all its
+/// certificates worthless.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Agent {
+    /// Identity.
+    pub agent: AgentId,
+    /// When it enrolled first.
+    pub enrolled: Timestamp,
+    /// When its newest certificate expires.
+    pub expires: Timestamp,
+    /// All its certificates were revoked.
+    pub is_revoked: bool,
+    /// The machines that it may write for.
+    pub machines: Vec<MachineId>,
+}
+
+/// Something that happened; `GET /v1/events?after=N&limit=M` lists them, newest last.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Rising number.
+    pub number: u64,
+    /// When.
+    pub time: Timestamp,
+    /// A word for programs.
+    pub kind: String,
+    /// What happened, for people.
+    pub text: String,
+}
+
+/// One page of recovery points, oldest first.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Points {
+    /// The points.
+    pub points: Vec<Point>,
+    /// How many the machine has in all.
+    pub total: u64,
+}
+
 /// `POST /v1/enrol`: the only request that needs no certificate; the token stands for it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -54,7 +138,7 @@ pub struct Enrolled {
 pub struct ServerStatus {
     /// `green`, `yellow` or `red`.
     pub health: String,
-    /// Why it is not green.
+    /// Why it is not green; each says what to do.
     pub causes: Vec<String>,
     /// The program's version.
     pub version: String,
@@ -66,6 +150,10 @@ pub struct ServerStatus {
     pub free_bytes: u64,
     /// Says whether ingest is paused.
     pub is_ingest_paused: bool,
+    /// Port of the data service.
+    pub data_port: u16,
+    /// Port of the control service.
+    pub control_port: u16,
     /// The machines.
     pub machines: Vec<MachineStatus>,
 }
@@ -87,6 +175,8 @@ pub struct MachineStatus {
     pub is_connected: bool,
     /// Highest durable LSN.
     pub durable: Lsn,
+    /// Number of recovery points.
+    pub point_count: u64,
     /// Age of the newest state that the machine could boot from, in ms; `None` before the first.
     pub rpo_ms: Option<u64>,
     /// Delay by stage.
@@ -98,10 +188,10 @@ pub struct MachineStatus {
 /// Delay of the newest data by stage, in ms.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct StageLag {
-    /// Completed at the source, not yet sealed into a frame.
-    pub capture_ms: u64,
-    /// Sealed, not yet received.
-    pub link_ms: u64,
+    /// Completed at the source, not yet sent; `None` while the agent is not connected.
+    pub capture_ms: Option<u64>,
+    /// Sent, not yet received; `None` while the agent is not connected.
+    pub link_ms: Option<u64>,
     /// Received, not yet durable.
     pub cache_ms: u64,
     /// Durable, not yet visible to views.
@@ -117,14 +207,16 @@ pub struct DiskStatus {
     pub name: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// What is going on.
-    pub phase: DiskPhase,
+    /// What is going on, as the agent said last; `None` before it said anything.
+    pub phase: Option<DiskPhase>,
     /// Why.
     pub reason: String,
     /// Bytes of the present pass that are done.
     pub done_bytes: u64,
     /// Bytes of the present pass.
     pub total_bytes: u64,
+    /// Says whether a whole copy is here.
+    pub has_copy: bool,
     /// What is addressable.
     pub addressable: Vec<AddressableRange>,
     /// Holes and damage, for people.
@@ -157,6 +249,7 @@ pub struct CreatePoint {
 }
 
 /// One recovery point; `GET /v1/machines/{machine}/points?after=N&limit=M` lists them, newest last.
+/// `DELETE /v1/machines/{machine}/points/{name}` deletes one.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Point {
     /// Identity.
@@ -208,6 +301,8 @@ pub struct Mount {
     pub directory: Option<String>,
     /// The file system, if one was found.
     pub filesystem: Option<String>,
+    /// What a person should know of it, such as the partitions found; may be empty.
+    pub notes: Vec<String>,
     /// Says whether it is a branch.
     pub is_branch: bool,
     /// From request to a readable device, in ms.

@@ -1,0 +1,93 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Captures every write of this machine's disks and sends them to an appliance.
+#[derive(Parser, Debug)]
+#[command(name = "afterimage-agent", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Makes this agent known to an appliance, with a token from `aft machine token`.
+    Enrol(EnrolArgs),
+    /// Runs the agent.
+    Run(RunArgs),
+}
+
+/// Arguments of `enrol`.
+#[derive(clap::Args, Debug)]
+pub struct EnrolArgs {
+    /// The appliance's control port, as HOST or HOST:PORT.
+    #[arg(long)]
+    pub server: String,
+    /// The enrolment token.
+    #[arg(long, env = "AFTERIMAGE_TOKEN", hide_env_values = true)]
+    pub token: String,
+    /// Where the agent keeps what it must know after a restart.
+    #[arg(long, default_value = "/var/lib/afterimage-agent")]
+    pub state_dir: PathBuf,
+    /// Name of this machine; its host name when not given.
+    #[arg(long)]
+    pub machine_name: Option<String>,
+}
+
+/// Arguments of `run`.
+#[derive(clap::Args, Debug)]
+pub struct RunArgs {
+    /// Where the agent keeps what it must know after a restart.
+    #[arg(long, default_value = "/var/lib/afterimage-agent")]
+    pub state_dir: PathBuf,
+    /// The local socket.
+    #[arg(long, default_value = "/run/afterimage/agent.sock")]
+    pub socket: PathBuf,
+    /// Timers and limits, as TOML.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+}
+
+/// The control port when none is given.
+pub const CONTROL_PORT: u16 = 8443;
+
+/// Takes HOST, HOST:PORT, [ADDRESS] or [ADDRESS]:PORT apart; `None` when it is none of them.
+#[must_use]
+pub fn split_server(text: &str) -> Option<(String, u16)> {
+    if let Some(rest) = text.strip_prefix('[') {
+        let (host, rest) = rest.split_once(']')?;
+        let port = match rest.strip_prefix(':') {
+            Some(port) => port.parse().ok()?,
+            None if rest.is_empty() => CONTROL_PORT,
+            None => return None,
+        };
+        return Some((host.to_owned(), port));
+    }
+    match text.rsplit_once(':') {
+        Some((host, _)) if host.contains(':') => Some((text.to_owned(), CONTROL_PORT)),
+        Some((host, port)) if !host.is_empty() => Some((host.to_owned(), port.parse().ok()?)),
+        None if !text.is_empty() => Some((text.to_owned(), CONTROL_PORT)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_taken_apart() {
+        let split = |text| split_server(text).map(|(host, port)| format!("{host} {port}"));
+        assert_eq!(split("host").as_deref(), Some("host 8443"));
+        assert_eq!(split("host:1").as_deref(), Some("host 1"));
+        assert_eq!(split("::1").as_deref(), Some("::1 8443"));
+        assert_eq!(split("[::1]:7").as_deref(), Some("::1 7"));
+        assert_eq!(split("host:port"), None);
+        assert_eq!(split(""), None);
+    }
+}

@@ -1,0 +1,258 @@
+//! A tapped disk, a real connection, and an appliance in memory: the replica equals the source.
+//! Needs root, FUSE and loop devices.
+
+mod common;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use afterimage_blockdev::ErrorClass;
+use afterimage_protocol::message::{DiskPhase, RefusalCode};
+use common::source::{Direct, image, pattern};
+use common::{Agent, Appliance, enrol, quick_config, until};
+
+const MIB: u64 = 1 << 20;
+
+fn assert_equal(appliance: &Appliance, agent: &Agent, name: &str, source: &Path) {
+    let id = agent.machine.disk_named(name).unwrap().id;
+    let mut bytes = std::fs::read(source).unwrap();
+    let replica = appliance.replica.lock();
+    let disk = &replica.disks[&id];
+    bytes.resize(disk.bytes.len(), 0);
+    if let Some(at) = (0..bytes.len()).find(|at| bytes[*at] != disk.bytes[*at]) {
+        panic!("byte {at} differs: source {}, replica {}", bytes[at], disk.bytes[at]);
+    }
+    assert!(disk.has_copy && disk.batch.is_none(), "the copy is whole");
+}
+
+struct Scene {
+    root: tempfile::TempDir,
+    appliance: Appliance,
+    state_dir: std::path::PathBuf,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let appliance = Appliance::start();
+        let state_dir = enrol(root.path(), &appliance);
+        Self { root, appliance, state_dir }
+    }
+
+    fn agent(&self) -> Agent {
+        Agent::start(&self.state_dir, quick_config(self.root.path()))
+    }
+}
+
+#[test]
+fn a_disk_is_copied_while_it_is_written() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 64 * MIB);
+    let agent = scene.agent();
+    let device = agent.attach(&source, "data");
+    let mut direct = Direct::open(&device);
+    for chunk in 0..24 {
+        direct.write(chunk * 2 * MIB, &pattern(chunk, 1 << 20)).unwrap();
+    }
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut direct = Direct::open(&device);
+            let mut number = 0;
+            while !is_over.load(Ordering::SeqCst) {
+                let offset = (number * 7919 % (64 * MIB / 4096 - 4)) * 4096;
+                direct.write(offset, &pattern(number, 4096 * (1 + number as usize % 4))).unwrap();
+                number += 1;
+            }
+        });
+        agent.protected("data");
+        is_over.store(true, Ordering::SeqCst);
+    });
+    drop(direct);
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    assert!(scene.appliance.replica.lock().bulk_bytes > 0);
+    agent.stop();
+}
+
+#[test]
+fn a_lost_connection_costs_no_resync() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 64 * MIB);
+    let agent = scene.agent();
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    let mut direct = Direct::open(&device);
+    for round in 0..5 {
+        scene.appliance.cut();
+        until("the cut", || !agent.machine.is_streaming());
+        for number in 0..40 {
+            direct.write((number * 13 % 64) * MIB, &pattern(round * 100 + number, 1 << 19)).unwrap();
+        }
+        scene.appliance.heal();
+        agent.connected();
+    }
+    agent.caught_up();
+    drop(direct);
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    assert_eq!(scene.appliance.replica.lock().questions, 0, "nothing was compared");
+    agent.stop();
+}
+
+#[test]
+fn memory_then_spool_then_bitmap_and_back() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 256 * MIB);
+    let mut config = quick_config(scene.root.path());
+    config.pipeline.captured_bytes_max = 8 << 20;
+    config.pipeline.sealed_bytes_max = 4 << 20;
+    config.spool.bytes_max = 256 << 20;
+    config.spool.file_bytes = 32 << 20;
+    config.spool.read_ahead_bytes = 4 << 20;
+    let agent = Agent::start(&scene.state_dir, config);
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    scene.appliance.cut();
+    until("the cut", || !agent.machine.is_streaming());
+    let mut direct = Direct::open(&device);
+    for number in 0..64 {
+        direct.write(number * MIB, &pattern(number, 1 << 20)).unwrap();
+    }
+    until("the spool", || agent.machine.status().spooled_bytes > 32 << 20);
+    scene.appliance.heal();
+    agent.connected();
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    assert_eq!(scene.appliance.replica.lock().questions, 0, "the spool was enough");
+
+    scene.appliance.cut();
+    until("the cut", || !agent.machine.is_streaming());
+    let mut number = 0;
+    while agent.machine.order().is_flowing() {
+        direct.write((number % 250) * MIB, &pattern(1000 + number, 1 << 20)).unwrap();
+        number += 1;
+        assert!(number < 600, "the spool is bounded");
+    }
+    for number in 0..20 {
+        direct.write(number * 3 * MIB, &pattern(5000 + number, 1 << 16)).unwrap();
+    }
+    until("the reason", || agent.phase("data") == Some(DiskPhase::ResyncNeeded));
+    scene.appliance.heal();
+    agent.protected("data");
+    direct.write(5 * MIB, &pattern(9999, 4096)).unwrap();
+    drop(direct);
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    assert!(scene.appliance.replica.lock().questions > 0, "marked regions were compared");
+    agent.stop();
+}
+
+#[test]
+fn after_an_orderly_stop_nothing_is_compared() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 64 * MIB);
+    let agent = scene.agent();
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    let mut direct = Direct::open(&device);
+    for number in 0..50 {
+        direct.write(number * MIB, &pattern(number, 1 << 16)).unwrap();
+    }
+    drop(direct);
+    let before = agent.machine.status().epoch;
+    agent.stop();
+    let agent = scene.agent();
+    agent.connected();
+    agent.protected("data");
+    assert!(agent.machine.status().epoch > before, "each run writes an epoch of its own");
+    let mut direct = Direct::open(&agent.device("data"));
+    direct.write(3 * MIB, &pattern(77, 8192)).unwrap();
+    drop(direct);
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    assert_eq!(scene.appliance.replica.lock().questions, 0);
+    agent.stop();
+}
+
+#[test]
+fn marks_are_placed_where_they_are_asked_for() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 16 * MIB);
+    let agent = scene.agent();
+    agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    scene.appliance.place_mark(42, "before the upgrade");
+    until("the mark", || !scene.appliance.replica.lock().marks().is_empty());
+    let marks = scene.appliance.replica.lock().marks();
+    assert_eq!((marks[0].argument, &marks[0].note[..]), (42, &b"before the upgrade"[..]));
+    until("a report", || {
+        let report = scene.appliance.report();
+        report.is_some_and(|report| {
+            report.captured >= marks[0].lsn && report.oldest_unacknowledged.is_none()
+        })
+    });
+    agent.stop();
+}
+
+#[test]
+fn a_refusal_is_shown_and_nothing_is_lost() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 16 * MIB);
+    let agent = scene.agent();
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    scene.appliance.refuse(RefusalCode::StaleEpoch, ErrorClass::Fenced);
+    scene.appliance.drop_connections();
+    until("the reason", || agent.machine.status().reason.contains("it is refused"));
+    let mut direct = Direct::open(&device);
+    direct.write(MIB, &pattern(1, 1 << 16)).unwrap();
+    scene.appliance.accept_again();
+    agent.connected();
+    agent.caught_up();
+    drop(direct);
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    agent.stop();
+}
+
+#[test]
+fn two_disks_share_one_order_and_one_can_go() {
+    let scene = Scene::new();
+    let (one, two) = (
+        image(scene.root.path(), "one.img", 16 * MIB),
+        image(scene.root.path(), "two.img", 16 * MIB + 512),
+    );
+    let agent = scene.agent();
+    let (first, second) = (agent.attach(&one, "one"), agent.attach(&two, "two"));
+    agent.connected();
+    agent.machine.protect("one").unwrap();
+    agent.machine.protect("two").unwrap();
+    let (mut a, mut b) = (Direct::open(&first), Direct::open(&second));
+    for number in 0..60 {
+        a.write(number * 8192, &pattern(number, 8192)).unwrap();
+        b.write(number * 4096 + 512, &pattern(number + 500, 1024)).unwrap();
+    }
+    b.write(16 * MIB, &pattern(9, 512)).unwrap();
+    agent.protected("one");
+    agent.protected("two");
+    let busy = agent.machine.detach("two");
+    assert!(busy.is_err() || agent.machine.disk_named("two").is_none());
+    drop((a, b));
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "one", &one);
+    if agent.machine.disk_named("two").is_some() {
+        assert_equal(&scene.appliance, &agent, "two", &two);
+    }
+    agent.stop();
+}
