@@ -472,7 +472,6 @@ pub struct Engine {
     seed_segments: BTreeMap<SegmentId, state::SeedSegment>,
     base_through: SegmentId,
     runs: BTreeMap<RunId, u64>,
-    log_segments: Vec<SegmentId>,
     checkpoint: u64,
     /// What the last run covered, as edits.
     covered: Vec<Edit>,
@@ -539,7 +538,6 @@ impl Engine {
             seed_segments: BTreeMap::new(),
             base_through: SegmentId(0),
             runs: BTreeMap::new(),
-            log_segments: Vec::new(),
             checkpoint: 0,
             covered: Vec::new(),
             applied_sequence: 0,
@@ -799,8 +797,8 @@ impl Engine {
                      {last_sequence} were lost: {damage}"
                 ));
             }
-            LogOutput::Ready { last_sequence, segments } => {
-                self.log_ready(last_sequence, segments, out);
+            LogOutput::Ready { last_sequence, .. } => {
+                self.log_ready(last_sequence, out);
             }
             LogOutput::Sealed { segment, .. } => {
                 if let Some(reader) = &self.reader {
@@ -816,7 +814,6 @@ impl Engine {
                 out.push(Output::Event(Event::Resumed));
             }
             LogOutput::Released { segment } => {
-                self.log_segments.retain(|known| *known != segment);
                 if let Some(reader) = &self.reader {
                     reader.removed(segment);
                 }

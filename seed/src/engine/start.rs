@@ -302,11 +302,9 @@ impl Engine {
     pub(super) fn log_ready(
         &mut self,
         last_sequence: u64,
-        segments: Vec<SegmentId>,
         out: &mut Vec<Output>,
     ) {
         self.applied_sequence = self.applied_sequence.max(last_sequence);
-        self.log_segments = segments;
         self.phase = Phase::Running;
         out.push(Output::Ready);
     }

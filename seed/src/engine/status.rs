@@ -178,7 +178,7 @@ impl Engine {
     }
 
     pub(super) fn files(&self) -> Vec<StoreFile> {
-        let logs = self.log_segments.iter().copied().map(StoreFile::Log);
+        let logs = self.log.segments().into_iter().map(StoreFile::Log);
         let seeds = self.seed_segments.keys().copied().map(StoreFile::Seed);
         let runs = self.runs.keys().copied().map(StoreFile::Run);
         logs.chain(seeds).chain(runs).collect()
