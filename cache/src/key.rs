@@ -91,6 +91,11 @@ pub fn unwrap(
     sealed.copy_from_slice(&wrapped[12..]);
     let nonce = Nonce::try_assume_unique_for_key(&wrapped[..12]).ok()?;
     let aad = Aad::from(wrapping_context(disk, id));
-    let plain = wrapping_key(store_key).open_in_place(nonce, aad, &mut sealed).ok()?;
-    Some(DiskKey { id, secret: plain.try_into().ok()? })
+    let plain = wrapping_key(store_key)
+        .open_in_place(nonce, aad, &mut sealed)
+        .ok()?;
+    Some(DiskKey {
+        id,
+        secret: plain.try_into().ok()?,
+    })
 }

@@ -13,6 +13,8 @@ pub mod record;
 pub mod seal;
 pub mod segment;
 pub mod slot;
+#[cfg(test)]
+mod testing;
 
 pub use error::{CacheError, Damage};
 pub use frame::{DamagedSlot, Frame, FrameBuilder, FrameHeader, FrameIdentity, FrameView};

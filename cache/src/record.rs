@@ -1,5 +1,8 @@
 //! Change records: one write, write-zeroes, discard, grow or mark.
 
+#[cfg(test)]
+mod tests;
+
 use afterimage_blockdev::{
     BLOCK_BYTES, BatchId, BlockIndex, CELL_BLOCKS, CellIndex, DiskId, HistoryId, Lsn, Timestamp,
 };
@@ -317,9 +320,7 @@ impl<'a> RecordView<'a> {
         let (header, slot_count, body_len) = RecordHeader::decode(bytes)?;
         let short = Damage::Short { structure: NAME };
         let end = RECORD_HEADER_BYTES + body_len;
-        let body = bytes
-            .get(RECORD_HEADER_BYTES..end)
-            .ok_or(short.clone())?;
+        let body = bytes.get(RECORD_HEADER_BYTES..end).ok_or(short.clone())?;
         let padding = bytes.get(end..end.next_multiple_of(8)).ok_or(short)?;
         let body = if header.kind.has_slots() {
             RecordBody::Slots(body)

@@ -6,6 +6,9 @@
 //! * Opening checks, in this order: hash in context, cipher, decompressed size. The output bound is
 //!   the slot's own plain length, never what a compressed frame claims.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 

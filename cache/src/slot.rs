@@ -244,7 +244,11 @@ impl SlotHeader {
         put(&mut prefix, 0, &context.encode());
         put(&mut prefix, CONTEXT_BYTES, &self.sealed_part());
         let tags = usize::from(self.blocks) * TAG_BYTES;
-        put(&mut prefix, CONTEXT_BYTES + HASH_AT, &self.tags.as_flattened()[..tags]);
+        put(
+            &mut prefix,
+            CONTEXT_BYTES + HASH_AT,
+            &self.tags.as_flattened()[..tags],
+        );
         let mut hasher = blake3::Hasher::new();
         hasher.update(&prefix[..CONTEXT_BYTES + HASH_AT + tags]);
         hasher.update(stored);

@@ -15,9 +15,9 @@ use std::sync::{Arc, Weak};
 
 use afterimage_blockdev::range_lock::{RangeGuard, RangeLock};
 use afterimage_blockdev::{
-    BLOCK_BYTES, BatchId, BlockCompleter, BlockCompletion, BlockDevice, BlockError,
-    BlockErrorKind, BlockIndex, BlockOp, BlockOutcome, Clock, DiskId, Entropy, Extent, ExtentKind,
-    Geometry, IoBuffer, Lsn, Timestamp, Token,
+    BLOCK_BYTES, BatchId, BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockErrorKind,
+    BlockIndex, BlockOp, BlockOutcome, Clock, DiskId, Entropy, Extent, ExtentKind, Geometry,
+    IoBuffer, Lsn, Timestamp, Token,
 };
 use afterimage_cache::{
     Frame, FrameBuilder, FrameIdentity, RecordHeader, RecordKind, Sealer, TagKey,
@@ -57,6 +57,9 @@ struct PendingRange {
     count: u64,
 }
 
+/// A block newer than the snapshot: its LSN, and its data unless it is zero.
+type Fresh = (Lsn, Option<(Arc<IoBuffer>, usize)>);
+
 struct Waiter {
     lsn: Lsn,
     token: Token,
@@ -77,6 +80,13 @@ struct State {
     blocked: VecDeque<Box<dyn FnOnce() + Send>>,
     is_refreshing: bool,
     failure: Option<String>,
+}
+
+impl State {
+    fn count_pending(&mut self) {
+        // A range costs little memory, but every read looks at it.
+        self.pending_bytes = (self.blocks.len() + self.ranges.len()) * BLOCK_BYTES;
+    }
 }
 
 /// A writable disk over a snapshot. See the module's text.
@@ -155,16 +165,23 @@ impl BranchDevice {
         let (done, wants_refresh) = {
             let mut state = self.state.lock();
             state.durable = state.durable.max(durable);
-            let (done, wait): (Vec<_>, Vec<_>) =
-                state.waiters.drain(..).partition(|waiter| waiter.lsn <= durable);
+            let (done, wait): (Vec<_>, Vec<_>) = state
+                .waiters
+                .drain(..)
+                .partition(|waiter| waiter.lsn <= durable);
             state.waiters = wait;
-            let wants = state.pending_bytes >= REFRESH_BYTES && !state.is_refreshing;
+            let wants = !state.is_refreshing
+                && (state.pending_bytes >= REFRESH_BYTES || !state.blocked.is_empty())
+                && state.durable > state.snapshot.lsn;
             state.is_refreshing |= wants;
             (done, wants)
         };
         for waiter in done {
             let result = Ok(BlockOutcome::Done);
-            waiter.to.complete(BlockCompletion { token: waiter.token, result });
+            waiter.to.complete(BlockCompletion {
+                token: waiter.token,
+                result,
+            });
         }
         if wants_refresh {
             self.sink.refresh();
@@ -180,7 +197,7 @@ impl BranchDevice {
             state.snapshot = snapshot;
             state.blocks.retain(|_, block| block.lsn > through);
             state.ranges.retain(|range| range.lsn > through);
-            state.pending_bytes = state.blocks.len() * BLOCK_BYTES;
+            state.count_pending();
             core::mem::take(&mut state.blocked)
         };
         for write in blocked {
@@ -193,12 +210,26 @@ impl BranchDevice {
         let (waiters, blocked) = {
             let mut state = self.state.lock();
             state.failure.get_or_insert_with(|| why.to_owned());
-            (core::mem::take(&mut state.waiters), core::mem::take(&mut state.blocked))
+            (
+                core::mem::take(&mut state.waiters),
+                core::mem::take(&mut state.blocked),
+            )
         };
         for waiter in waiters {
-            let kind = BlockErrorKind::Io { errno: 0, message: why.to_owned() };
-            let error = BlockError { operation: "flush", offset: 0, length: 0, kind };
-            waiter.to.complete(BlockCompletion { token: waiter.token, result: Err(error) });
+            let kind = BlockErrorKind::Io {
+                errno: 0,
+                message: why.to_owned(),
+            };
+            let error = BlockError {
+                operation: "flush",
+                offset: 0,
+                length: 0,
+                kind,
+            };
+            waiter.to.complete(BlockCompletion {
+                token: waiter.token,
+                result: Err(error),
+            });
         }
         for write in blocked {
             write();
@@ -233,7 +264,13 @@ impl BranchDevice {
         self.sink.append(builder.finish());
     }
 
-    fn record(&self, state: &mut State, kind: RecordKind, offset: u64, length: u64) -> RecordHeader {
+    fn record(
+        &self,
+        state: &mut State,
+        kind: RecordKind,
+        offset: u64,
+        length: u64,
+    ) -> RecordHeader {
         let previous = state.last;
         let lsn = previous.next();
         state.last = lsn;
@@ -256,8 +293,7 @@ impl BranchDevice {
     fn put(&self, offset: u64, data: IoBuffer) -> Lsn {
         let (lsn, is_frame) = {
             let mut state = self.state.lock();
-            let record =
-                self.record(&mut state, RecordKind::Write, offset, data.len() as u64);
+            let record = self.record(&mut state, RecordKind::Write, offset, data.len() as u64);
             let data = Arc::new(data);
             let first = BlockIndex::containing(offset).0;
             for place in 0..data.len() / BLOCK_BYTES {
@@ -268,7 +304,7 @@ impl BranchDevice {
                 };
                 state.blocks.insert(first + place as u64, block);
             }
-            state.pending_bytes = state.blocks.len() * BLOCK_BYTES;
+            state.count_pending();
             state.queue_bytes += data.len();
             state.queue.push((record, Some(data)));
             (record.lsn, state.queue_bytes >= FRAME_BYTES)
@@ -286,6 +322,8 @@ impl BranchDevice {
         let first = BlockIndex::containing(offset).0;
         let count = length / BLOCK_BYTES as u64;
         state.ranges.push(PendingRange { lsn: record.lsn, first, count });
+        state.count_pending();
+
         state.queue.push((record, None));
         record.lsn
     }
@@ -323,9 +361,12 @@ impl BranchDevice {
         let end = first.0 + count as u64;
         let (snapshot, fresh) = {
             let state = self.state.lock();
-            let mut fresh: BTreeMap<u64, (Lsn, Option<(Arc<IoBuffer>, usize)>)> = BTreeMap::new();
+            let mut fresh: BTreeMap<u64, Fresh> = BTreeMap::new();
             for (block, pending) in state.blocks.range(first.0..end) {
-                fresh.insert(*block, (pending.lsn, Some((Arc::clone(&pending.data), pending.at))));
+                fresh.insert(
+                    *block,
+                    (pending.lsn, Some((Arc::clone(&pending.data), pending.at))),
+                );
             }
             for range in &state.ranges {
                 for block in first.0.max(range.first)..end.min(range.first + range.count) {
@@ -357,7 +398,8 @@ impl BranchDevice {
             Ok(Sink::Tags { .. }) => {}
             Err(failure) => done(Err(failure)),
         };
-        self.reader.read(&snapshot, first, count, sink, Box::new(finish));
+        self.reader
+            .read(&snapshot, first, count, sink, Box::new(finish));
     }
 
     fn read(&self, token: Token, offset: u64, mut outer: IoBuffer, to: Arc<dyn BlockCompleter>) {
@@ -375,7 +417,12 @@ impl BranchDevice {
                 Err(failure) => {
                     let kind = device_error_kind(&failure.error);
                     let length = length as u64;
-                    Err(BlockError { operation: "read", offset, length, kind })
+                    Err(BlockError {
+                        operation: "read",
+                        offset,
+                        length,
+                        kind,
+                    })
                 }
             };
             to.complete(BlockCompletion { token, result });
@@ -387,7 +434,9 @@ impl BranchDevice {
         let (offset, length) = change.range();
         let block = BLOCK_BYTES as u64;
         let range = offset / block * block..(offset + length).next_multiple_of(block);
-        let Some(this) = self.this.upgrade() else { return };
+        let Some(this) = self.this.upgrade() else {
+            return;
+        };
         self.locks.lock(
             range.clone(),
             Box::new(move |guard| this.changing(token, change, range, guard, to)),
@@ -407,15 +456,19 @@ impl BranchDevice {
             if let Some(message) = state.failure.clone() {
                 drop(state);
                 let error = change.error(BlockErrorKind::Io { errno: 0, message });
-                return to.complete(BlockCompletion { token, result: Err(error) });
+                return to.complete(BlockCompletion {
+                    token,
+                    result: Err(error),
+                });
             }
             if state.pending_bytes >= PENDING_BYTES_MAX {
                 let this = Arc::clone(&self);
                 state.blocked.push_back(Box::new(move || {
                     this.changing(token, change, range, guard, to);
                 }));
-                let wants = !state.is_refreshing;
-                state.is_refreshing = true;
+                // Before anything newer is durable, a newer snapshot would free nothing.
+                let wants = !state.is_refreshing && state.durable > state.snapshot.lsn;
+                state.is_refreshing |= wants;
                 drop(state);
                 self.seal();
                 if wants {
@@ -445,7 +498,10 @@ impl BranchDevice {
         if fua {
             self.complete_at(lsn, token, to);
         } else {
-            to.complete(BlockCompletion { token, result: Ok(BlockOutcome::Done) });
+            to.complete(BlockCompletion {
+                token,
+                result: Ok(BlockOutcome::Done),
+            });
         }
     }
 
@@ -462,19 +518,27 @@ impl BranchDevice {
         let (offset, length) = change.range();
         if let Change::Clear { kind, .. } = change {
             let block = BLOCK_BYTES as u64;
-            let (inner, inner_end) = (offset.next_multiple_of(block), (offset + length) / block * block);
+            let (inner, inner_end) = (
+                offset.next_multiple_of(block),
+                (offset + length) / block * block,
+            );
             if inner_end.saturating_sub(inner) > (1 << 20) {
                 // Only the edges are parts of blocks; they are less than a block each.
                 self.clear(kind, inner, inner_end - inner);
                 let this = Arc::clone(&self);
-                let edges = [(offset, inner - offset), (inner_end, offset + length - inner_end)];
+                let edges = [
+                    (offset, inner - offset),
+                    (inner_end, offset + length - inner_end),
+                ];
                 return this.clear_edges(token, edges, guard, to);
             }
         }
         let bytes = usize::try_from(end - start).unwrap_or(0);
         let this = Arc::clone(&self);
-        self.read_blocks(BlockIndex::containing(start), IoBuffer::zeroed(bytes), move |result| {
-            match result {
+        self.read_blocks(
+            BlockIndex::containing(start),
+            IoBuffer::zeroed(bytes),
+            move |result| match result {
                 Ok(mut whole) => {
                     let at = usize::try_from(offset - start).unwrap_or(0);
                     let len = usize::try_from(length).unwrap_or(0);
@@ -486,10 +550,13 @@ impl BranchDevice {
                 Err(failure) => {
                     let error = change.error(device_error_kind(&failure.error));
                     drop(guard);
-                    to.complete(BlockCompletion { token, result: Err(error) });
+                    to.complete(BlockCompletion {
+                        token,
+                        result: Err(error),
+                    });
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Zeroes the two ends of a range, one after the other, under the lock of the whole.
@@ -502,35 +569,58 @@ impl BranchDevice {
     ) {
         let Some(place) = edges.iter().position(|(_, length)| *length > 0) else {
             drop(guard);
-            return to.complete(BlockCompletion { token, result: Ok(BlockOutcome::Done) });
+            return to.complete(BlockCompletion {
+                token,
+                result: Ok(BlockOutcome::Done),
+            });
         };
         let (offset, length) = edges[place];
         let mut rest = edges;
         rest[place].1 = 0;
         let first = BlockIndex::containing(offset);
         let this = Arc::clone(&self);
-        self.read_blocks(first, IoBuffer::zeroed(BLOCK_BYTES), move |result| match result {
-            Ok(mut whole) => {
-                let at = usize::try_from(offset - first.offset()).unwrap_or(0);
-                let len = usize::try_from(length).unwrap_or(0);
-                whole[at..at + len].fill(0);
-                this.put(first.offset(), whole);
-                this.clear_edges(token, rest, guard, to);
-            }
-            Err(failure) => {
-                let kind = device_error_kind(&failure.error);
-                let error = BlockError { operation: "write-zeroes", offset, length, kind };
-                drop(guard);
-                to.complete(BlockCompletion { token, result: Err(error) });
-            }
-        });
+        self.read_blocks(
+            first,
+            IoBuffer::zeroed(BLOCK_BYTES),
+            move |result| match result {
+                Ok(mut whole) => {
+                    let at = usize::try_from(offset - first.offset()).unwrap_or(0);
+                    let len = usize::try_from(length).unwrap_or(0);
+                    whole[at..at + len].fill(0);
+                    this.put(first.offset(), whole);
+                    this.clear_edges(token, rest, guard, to);
+                }
+                Err(failure) => {
+                    let kind = device_error_kind(&failure.error);
+                    let error = BlockError {
+                        operation: "write-zeroes",
+                        offset,
+                        length,
+                        kind,
+                    };
+                    drop(guard);
+                    to.complete(BlockCompletion {
+                        token,
+                        result: Err(error),
+                    });
+                }
+            },
+        );
     }
 }
 
 /// A request that changes content.
 enum Change {
-    Write { offset: u64, data: IoBuffer, fua: bool },
-    Clear { kind: RecordKind, offset: u64, length: u64 },
+    Write {
+        offset: u64,
+        data: IoBuffer,
+        fua: bool,
+    },
+    Clear {
+        kind: RecordKind,
+        offset: u64,
+        length: u64,
+    },
 }
 
 impl Change {
@@ -543,8 +633,17 @@ impl Change {
 
     fn error(&self, kind: BlockErrorKind) -> BlockError {
         let (offset, length) = self.range();
-        let operation = if matches!(self, Self::Write { .. }) { "write" } else { "write-zeroes" };
-        BlockError { operation, offset, length, kind }
+        let operation = if matches!(self, Self::Write { .. }) {
+            "write"
+        } else {
+            "write-zeroes"
+        };
+        BlockError {
+            operation,
+            offset,
+            length,
+            kind,
+        }
     }
 
     /// Changes these bytes; gives back whether they must be durable at once.
@@ -569,19 +668,50 @@ impl BlockDevice for BranchDevice {
 
     fn submit(&self, token: Token, op: BlockOp, to: Arc<dyn BlockCompleter>) {
         if let Err(error) = op.validate(&self.geometry) {
-            return to.complete(BlockCompletion { token, result: Err(error) });
+            return to.complete(BlockCompletion {
+                token,
+                result: Err(error),
+            });
         }
         match op {
             BlockOp::Read { offset, buffer } => self.read(token, offset, buffer, to),
-            BlockOp::Write { offset, buffer, fua } => {
-                self.change(token, Change::Write { offset, data: buffer, fua }, to);
+            BlockOp::Write {
+                offset,
+                buffer,
+                fua,
+            } => {
+                self.change(
+                    token,
+                    Change::Write {
+                        offset,
+                        data: buffer,
+                        fua,
+                    },
+                    to,
+                );
             }
             BlockOp::Discard { offset, length } => {
-                self.change(token, Change::Clear { kind: RecordKind::Discard, offset, length }, to);
+                self.change(
+                    token,
+                    Change::Clear {
+                        kind: RecordKind::Discard,
+                        offset,
+                        length,
+                    },
+                    to,
+                );
             }
             BlockOp::WriteZeroes { offset, length, .. } => {
                 let kind = RecordKind::WriteZeroes;
-                self.change(token, Change::Clear { kind, offset, length }, to);
+                self.change(
+                    token,
+                    Change::Clear {
+                        kind,
+                        offset,
+                        length,
+                    },
+                    to,
+                );
             }
             BlockOp::Flush => {
                 let last = self.state.lock().last;
@@ -595,7 +725,11 @@ impl BlockDevice for BranchDevice {
                 };
                 if is_fresh {
                     // What is in memory may be anywhere: calling a hole data is allowed.
-                    let extents = vec![Extent { offset, length, kind: ExtentKind::Data }];
+                    let extents = vec![Extent {
+                        offset,
+                        length,
+                        kind: ExtentKind::Data,
+                    }];
                     let result = Ok(BlockOutcome::Extents(extents));
                     return to.complete(BlockCompletion { token, result });
                 }
@@ -604,7 +738,10 @@ impl BlockDevice for BranchDevice {
             }
             other @ BlockOp::Grow { .. } => {
                 let error = other.error(BlockErrorKind::NotSupported);
-                to.complete(BlockCompletion { token, result: Err(error) });
+                to.complete(BlockCompletion {
+                    token,
+                    result: Err(error),
+                });
             }
         }
     }

@@ -103,6 +103,9 @@ impl SeedError {
     }
 
     pub(crate) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self::Refused { message: message.into(), hint: hint.into() }
+        Self::Refused {
+            message: message.into(),
+            hint: hint.into(),
+        }
     }
 }

@@ -24,8 +24,6 @@ pub mod segment;
 pub mod verify;
 pub mod view;
 
-
-
 pub use branch::{BranchDevice, FrameSink};
 pub use engine::{Engine, EngineOptions, Event, Input, Output, Request, RequestId, Response};
 pub use entry::{Entry, EntryKind, RangeEntry};

@@ -46,12 +46,17 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self, SeedError> {
         let (place, at) = text.split_once('@').unwrap_or((text, "latest"));
-        let (machine, disk) =
-            place.split_once('/').ok_or_else(|| refused(text, "there is no machine/disk"))?;
+        let (machine, disk) = place
+            .split_once('/')
+            .ok_or_else(|| refused(text, "there is no machine/disk"))?;
         if machine.is_empty() || disk.is_empty() || disk.contains('/') {
             return Err(refused(text, "machine or disk is empty"));
         }
-        Ok(Self { machine: machine.to_owned(), disk: disk.to_owned(), at: at.parse()? })
+        Ok(Self {
+            machine: machine.to_owned(),
+            disk: disk.to_owned(),
+            at: at.parse()?,
+        })
     }
 }
 
@@ -65,11 +70,16 @@ impl FromStr for At {
         if text == "latest" {
             return Ok(Self::Latest);
         }
-        if let Some(lsn) = text.strip_prefix("lsn:").or_else(|| text.strip_prefix("lsn-")) {
+        if let Some(lsn) = text
+            .strip_prefix("lsn:")
+            .or_else(|| text.strip_prefix("lsn-"))
+        {
             return parse_lsn(text, lsn).map(|lsn| Self::Lsn(None, lsn));
         }
         if let Some((history, lsn)) = text.split_once(":lsn:") {
-            let history = history.parse().map_err(|_| refused(text, "the history is no UUID"))?;
+            let history = history
+                .parse()
+                .map_err(|_| refused(text, "the history is no UUID"))?;
             return parse_lsn(text, lsn).map(|lsn| Self::Lsn(Some(history), lsn));
         }
         if let Some(ago) = text.strip_prefix('-') {
@@ -85,7 +95,9 @@ impl FromStr for At {
 }
 
 fn parse_lsn(text: &str, lsn: &str) -> Result<Lsn, SeedError> {
-    lsn.parse().map(Lsn).map_err(|_| refused(text, "the LSN is no number"))
+    lsn.parse()
+        .map(Lsn)
+        .map_err(|_| refused(text, "the LSN is no number"))
 }
 
 fn parse_duration(text: &str) -> Option<Duration> {
@@ -109,7 +121,9 @@ pub fn parse_time(text: &str) -> Option<Timestamp> {
     let bytes = text.as_bytes();
     let number = |from: usize, to: usize| -> Option<i64> {
         let part = text.get(from..to)?;
-        part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse().ok())?
+        part.bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| part.parse().ok())?
     };
     let marks = [(4, b'-'), (7, b'-'), (13, b':'), (16, b':')];
     if bytes.len() < 20 || marks.iter().any(|(at, mark)| bytes[*at] != *mark) {
@@ -138,9 +152,11 @@ pub fn parse_time(text: &str) -> Option<Timestamp> {
         rest = &fraction[end..];
     }
     let offset_s = parse_offset(rest)?;
-    let seconds = days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second
-        - offset_s;
-    u64::try_from(seconds.checked_mul(1_000_000_000)?.checked_add(nanos)?).ok().map(Timestamp)
+    let seconds =
+        days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - offset_s;
+    u64::try_from(seconds.checked_mul(1_000_000_000)?.checked_add(nanos)?)
+        .ok()
+        .map(Timestamp)
 }
 
 fn parse_offset(text: &str) -> Option<i64> {
@@ -180,7 +196,11 @@ pub fn format_time(time: Timestamp) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let month = if shifted_month < 10 {
+        shifted_month + 3
+    } else {
+        shifted_month - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let (hour, minute, second) = (within / 3600, within / 60 % 60, within % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")

@@ -134,13 +134,19 @@ pub fn decode_page(bytes: &[u8], run: RunId, page: u32) -> Result<Vec<Entry>, Da
     }
     let count = usize::from(get_u16(bytes, 8).ok_or_else(short)?);
     if count > PAGE_ENTRIES || get_u32(bytes, 12) != Some(page) {
-        return Err(Damage::Field { structure: PAGE, field: "count or number" });
+        return Err(Damage::Field {
+            structure: PAGE,
+            field: "count or number",
+        });
     }
     bytes[PAGE_HEADER_BYTES..]
         .chunks_exact(ENTRY_BYTES)
         .take(count)
         .map(|entry| {
-            Entry::decode(entry).ok_or(Damage::Field { structure: PAGE, field: "entry" })
+            Entry::decode(entry).ok_or(Damage::Field {
+                structure: PAGE,
+                field: "entry",
+            })
         })
         .collect()
 }
@@ -149,7 +155,8 @@ pub fn decode_page(bytes: &[u8], run: RunId, page: u32) -> Result<Vec<Entry>, Da
 #[must_use]
 pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> IoBuffer {
     let entries: usize = sections.iter().map(|section| section.entries.len()).sum();
-    let mut out = IoBuffer::with_capacity((entries / PAGE_ENTRIES + sections.len() + 8) * PAGE_BYTES);
+    let mut out =
+        IoBuffer::with_capacity((entries / PAGE_ENTRIES + sections.len() + 8) * PAGE_BYTES);
     let mut header = [0; PAGE_BYTES];
     put(&mut header, 0, HEADER_MAGIC);
     put(&mut header, 8, &RUN_VERSION.to_le_bytes());
@@ -165,7 +172,11 @@ pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> Io
             put(&mut page, 8, &narrow(chunk.len()).to_le_bytes()[..2]);
             put(&mut page, 12, &page_number.to_le_bytes());
             for (place, entry) in chunk.iter().enumerate() {
-                put(&mut page, PAGE_HEADER_BYTES + place * ENTRY_BYTES, &entry.encode());
+                put(
+                    &mut page,
+                    PAGE_HEADER_BYTES + place * ENTRY_BYTES,
+                    &entry.encode(),
+                );
             }
             let hash = page_hash(&page, run);
             put(&mut page, 0, &hash);
@@ -242,14 +253,21 @@ impl RunFooter {
         let version = get_u16(bytes, 8).ok_or_else(short)?;
         if version > RUN_VERSION {
             let supported = RUN_VERSION;
-            return Err(Damage::Version { structure: NAME, found: version, supported });
+            return Err(Damage::Version {
+                structure: NAME,
+                found: version,
+                supported,
+            });
         }
         let hash: [u8; 32] = array(bytes, 96).ok_or_else(short)?;
         if *blake3::hash(&bytes[..96]).as_bytes() != hash || !is_zero(bytes, 128, PAGE_BYTES) {
             return Err(Damage::Hash { structure: NAME });
         }
         if array(bytes, 16) != Some(store.0) || get_u32(bytes, 32) != Some(run.0) {
-            return Err(Damage::Field { structure: NAME, field: "identity" });
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "identity",
+            });
         }
         Ok(Self {
             section_count: get_u32(bytes, 12).ok_or_else(short)?,
@@ -274,8 +292,9 @@ impl RunFooter {
         let mut fences_at = index(self.section_count) * SECTION_BYTES;
         let mut ranges_at = fences_at + index(self.page_count) * 8;
         let counts = |row: usize, at: usize| get_u32(bytes, row * SECTION_BYTES + at).map(index);
-        let all_ranges: Option<usize> =
-            (0..index(self.section_count)).map(|row| counts(row, 64)).sum();
+        let all_ranges: Option<usize> = (0..index(self.section_count))
+            .map(|row| counts(row, 64))
+            .sum();
         let mut samples_at = ranges_at + all_ranges.ok_or_else(short)? * RANGE_BYTES;
         let mut sections = Vec::new();
         for row in 0..index(self.section_count) {
@@ -312,7 +331,12 @@ fn decode_section(bytes: &[u8], row: usize, parts: [&mut usize; 3]) -> Option<Se
         },
         first_page: get_u32(bytes, row + 56)?,
         entry_count: get_u64(bytes, row + 32)?,
-        fences: fences.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect(),
+        fences: fences
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|b| u64::from_le_bytes(*b))
+            .collect(),
         ranges: ranges
             .chunks_exact(RANGE_BYTES)
             .map(RangeEntry::decode)
@@ -320,7 +344,10 @@ fn decode_section(bytes: &[u8], row: usize, parts: [&mut usize; 3]) -> Option<Se
         timeline: samples
             .chunks_exact(SAMPLE_BYTES)
             .map(|b| {
-                Some(TimeSample { time: Timestamp(get_u64(b, 0)?), lsn: Lsn(get_u64(b, 8)?) })
+                Some(TimeSample {
+                    time: Timestamp(get_u64(b, 0)?),
+                    lsn: Lsn(get_u64(b, 8)?),
+                })
             })
             .collect::<Option<_>>()?,
         low: Lsn(get_u64(bytes, row + 40)?),
@@ -332,7 +359,9 @@ fn decode_section(bytes: &[u8], row: usize, parts: [&mut usize; 3]) -> Option<Se
 #[must_use]
 pub fn pages_for(fences: &[u64], first: CellIndex, end: CellIndex) -> core::ops::Range<usize> {
     // The page before the first fence at or above `first` may hold it as well.
-    let from = fences.partition_point(|fence| *fence < first.0).saturating_sub(1);
+    let from = fences
+        .partition_point(|fence| *fence < first.0)
+        .saturating_sub(1);
     let to = fences.partition_point(|fence| *fence < end.0);
     from.min(to)..to
 }

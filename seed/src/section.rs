@@ -80,6 +80,14 @@ pub struct Layer {
     pub sections: Vec<Arc<Section>>,
 }
 
+impl Snapshot {
+    /// Says whether records that the view should show may be lost.
+    #[must_use]
+    pub fn is_hurt(&self) -> bool {
+        !self.lost.is_empty()
+    }
+}
+
 /// What a disk was at one (history, LSN).
 #[derive(Clone, Debug)]
 pub struct Snapshot {

@@ -1,14 +1,15 @@
 //! Seed segments: slots of bulk blocks (and, later, destaged ones), written once, sealed whole.
 //!
 //! ```text
-//! | header 4096 | slot | slot | ... | directory | footer 4096 |
-//! directory = | offsets 4 x n | contexts 32 x m | entries 80 x n |
+//! | header 4096 | slot | slot | ... | directory | directory | footer 4096 | footer 4096 |
+//! directory = | offsets 4 x n | contexts 32 x m | entries 80 x n | zeroes to 4096 |
 //! ```
 //!
 //! Invariants
 //! * The bytes of a slot are those that arrived; moving never decrypts.
 //! * An entry of the directory holds all that a slot's context is, and the slot's hash: maps and
 //!   scrub need nothing else.
+//! * Directory and footer are there twice: without them nobody knows what the slots are.
 //! * The file is whole and synced before the manifest names it, and never changes.
 
 use afterimage_blockdev::{
@@ -27,6 +28,10 @@ pub const SEED_SEGMENT_VERSION: u16 = 1;
 
 const HEADER_MAGIC: &[u8; 8] = b"AISEEDSG";
 const FOOTER_MAGIC: &[u8; 8] = b"AISEEDND";
+/// Copies of directory and footer.
+const COPIES: usize = 2;
+/// Bytes of all footers, at the end of the file.
+pub const FOOTERS_BYTES: usize = COPIES * SECTOR;
 const CONTEXT_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 80;
 const NAME: &str = "seed segment";
@@ -40,7 +45,11 @@ pub fn seed_file(segment: SegmentId) -> FileName {
 /// The segment that a file name means, if any.
 #[must_use]
 pub fn parse_seed_file(name: &FileName) -> Option<SegmentId> {
-    name.base().strip_suffix(".seed")?.parse().ok().map(SegmentId)
+    name.base()
+        .strip_suffix(".seed")?
+        .parse()
+        .ok()
+        .map(SegmentId)
 }
 
 /// What the directory says of a slot.
@@ -119,10 +128,14 @@ impl SeedSegmentBuilder {
         self.pending.extend_from_slice(bytes);
         self.root.update(hash);
         let pair = (context.disk, context.history);
-        let place = self.contexts.iter().position(|known| *known == pair).unwrap_or_else(|| {
-            self.contexts.push(pair);
-            self.contexts.len() - 1
-        });
+        let place = self
+            .contexts
+            .iter()
+            .position(|known| *known == pair)
+            .unwrap_or_else(|| {
+                self.contexts.push(pair);
+                self.contexts.len() - 1
+            });
         let mut entry = [0; ENTRY_BYTES];
         put(&mut entry, 0, &context.cell.0.to_le_bytes());
         for (block, lsn) in context.lsns.iter().enumerate() {
@@ -177,11 +190,35 @@ impl SeedSegmentBuilder {
         put(&mut footer, 88, blake3::hash(&directory).as_bytes());
         let hash = blake3::hash(&footer[..120]);
         put(&mut footer, 120, hash.as_bytes());
-        self.pending.extend_from_slice(&directory);
-        self.pending.pad_to(SECTOR);
-        self.pending.extend_from_slice(&footer);
+        for _ in 0..COPIES {
+            self.pending.extend_from_slice(&directory);
+            self.pending.pad_to(SECTOR);
+        }
+        for _ in 0..COPIES {
+            self.pending.extend_from_slice(&footer);
+        }
         (self.pending_at, self.pending, root)
     }
+}
+
+/// Checks the first sector of a segment.
+///
+/// # Errors
+/// [`Damage`].
+pub fn check_header(bytes: &[u8], store: StoreId, segment: SegmentId) -> Result<(), Damage> {
+    let bytes = bytes.get(..SECTOR).ok_or(Damage::Short { structure: NAME })?;
+    if bytes[..8] != HEADER_MAGIC[..] {
+        return Err(Damage::Magic { structure: NAME });
+    }
+    let is_whole = array(bytes, 64) == Some(*blake3::hash(&bytes[..64]).as_bytes())
+        && is_zero(bytes, 96, SECTOR);
+    if !is_whole {
+        return Err(Damage::Hash { structure: NAME });
+    }
+    if array(bytes, 16) != Some(store.0) || get_u32(bytes, 32) != Some(segment.0) {
+        return Err(Damage::Field { structure: NAME, field: "identity" });
+    }
+    Ok(())
 }
 
 /// Last sector of a seed segment.
@@ -204,6 +241,36 @@ impl SeedFooter {
         index(self.slot_count) * (4 + ENTRY_BYTES) + index(self.context_count) * CONTEXT_BYTES
     }
 
+    /// Bytes of both directories, with padding.
+    #[must_use]
+    pub fn directories_len(&self) -> usize {
+        COPIES * self.directory_len().next_multiple_of(SECTOR)
+    }
+
+    /// Reads the better one of the footers in the last [`FOOTERS_BYTES`] of a file.
+    ///
+    /// # Errors
+    /// [`Damage`] when none is good.
+    pub fn find(bytes: &[u8], store: StoreId, segment: SegmentId) -> Result<Self, Damage> {
+        let last = bytes
+            .get(bytes.len().saturating_sub(SECTOR)..)
+            .unwrap_or(&[]);
+        Self::decode(last, store, segment)
+            .or_else(|damage| Self::decode(bytes, store, segment).map_err(|_| damage))
+    }
+
+    /// Reads the better one of the directories.
+    ///
+    /// # Errors
+    /// [`Damage`] when none is good.
+    pub fn find_directory(&self, bytes: &[u8]) -> Result<(Directory, Vec<SlotEntry>), Damage> {
+        let second = bytes
+            .get(self.directory_len().next_multiple_of(SECTOR)..)
+            .unwrap_or(&[]);
+        self.decode_directory(bytes)
+            .or_else(|damage| self.decode_directory(second).map_err(|_| damage))
+    }
+
     /// Reads a footer.
     ///
     /// # Errors
@@ -217,14 +284,21 @@ impl SeedFooter {
         let version = get_u16(bytes, 8).ok_or_else(short)?;
         if version > SEED_SEGMENT_VERSION {
             let supported = SEED_SEGMENT_VERSION;
-            return Err(Damage::Version { structure: NAME, found: version, supported });
+            return Err(Damage::Version {
+                structure: NAME,
+                found: version,
+                supported,
+            });
         }
         let hash: [u8; 32] = array(bytes, 120).ok_or_else(short)?;
         if *blake3::hash(&bytes[..120]).as_bytes() != hash || !is_zero(bytes, 152, SECTOR) {
             return Err(Damage::Hash { structure: NAME });
         }
         if array(bytes, 16) != Some(store.0) || get_u32(bytes, 32) != Some(segment.0) {
-            return Err(Damage::Field { structure: NAME, field: "identity" });
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "identity",
+            });
         }
         Ok(Self {
             slot_count: get_u32(bytes, 36).ok_or_else(short)?,
@@ -241,19 +315,35 @@ impl SeedFooter {
     /// [`Damage`].
     pub fn decode_directory(&self, bytes: &[u8]) -> Result<(Directory, Vec<SlotEntry>), Damage> {
         let structure = "seed segment directory";
-        let bytes = bytes.get(..self.directory_len()).ok_or(Damage::Short { structure })?;
+        let bytes = bytes
+            .get(..self.directory_len())
+            .ok_or(Damage::Short { structure })?;
         if *blake3::hash(bytes).as_bytes() != self.directory_hash {
             return Err(Damage::Hash { structure });
         }
         let slots = index(self.slot_count);
-        let offsets =
-            bytes[..slots * 4].as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let offsets = bytes[..slots * 4]
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| u32::from_le_bytes(*b))
+            .collect();
         let contexts_at = slots * 4;
         let entries_at = contexts_at + index(self.context_count) * CONTEXT_BYTES;
         let entries = (0..slots)
-            .map(|slot| decode_entry(bytes, contexts_at, entries_at + slot * ENTRY_BYTES, entries_at))
+            .map(|slot| {
+                decode_entry(
+                    bytes,
+                    contexts_at,
+                    entries_at + slot * ENTRY_BYTES,
+                    entries_at,
+                )
+            })
             .collect::<Option<_>>()
-            .ok_or(Damage::Field { structure, field: "entry" })?;
+            .ok_or(Damage::Field {
+                structure,
+                field: "entry",
+            })?;
         Ok((Directory { offsets }, entries))
     }
 }

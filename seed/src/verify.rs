@@ -10,7 +10,7 @@ use afterimage_cache::{Damage, SlotView};
 use crate::engine::StoreFile;
 use crate::error::SeedError;
 use crate::run::{PAGE_BYTES, RunFooter, decode_page, run_file};
-use crate::segment::{SeedFooter, seed_file};
+use crate::segment::{FOOTERS_BYTES, SeedFooter, check_header, seed_file};
 
 /// Something that is not as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,11 @@ pub fn verify_file(
     let bytes = bytes?;
     found.files += 1;
     found.bytes += bytes.len() as u64;
-    let mut check = Check { file: name.to_string(), store, found };
+    let mut check = Check {
+        file: name.to_string(),
+        store,
+        found,
+    };
     match file {
         StoreFile::Log(segment) => check.log(segment, &bytes),
         StoreFile::Seed(segment) => check.seed(segment, &bytes),
@@ -73,9 +77,19 @@ pub fn verify_file(
 }
 
 fn read_all(storage: &dyn Storage, file: FileId, length: u64) -> Result<IoBuffer, SeedError> {
-    let len = usize::try_from(length).unwrap_or(0).next_multiple_of(SECTOR).max(SECTOR);
+    let len = usize::try_from(length)
+        .unwrap_or(0)
+        .next_multiple_of(SECTOR)
+        .max(SECTOR);
     let buffer = IoBuffer::zeroed(len);
-    match wait::storage(storage, StorageOp::Read { file, offset: 0, buffer })? {
+    match wait::storage(
+        storage,
+        StorageOp::Read {
+            file,
+            offset: 0,
+            buffer,
+        },
+    )? {
         StorageOutcome::Read(bytes) => Ok(bytes),
         _ => Ok(IoBuffer::with_capacity(0)),
     }
@@ -90,7 +104,12 @@ struct Check<'a> {
 impl Check<'_> {
     fn damaged(&mut self, offset: u64, damage: Damage, hurts: Option<(HistoryId, Lsn)>) {
         let file = self.file.clone();
-        self.found.damage.push(DamageReport { file, offset, damage, hurts });
+        self.found.damage.push(DamageReport {
+            file,
+            offset,
+            damage,
+            hurts,
+        });
     }
 
     fn log(&mut self, segment: afterimage_blockdev::SegmentId, bytes: &[u8]) {
@@ -123,23 +142,35 @@ impl Check<'_> {
     }
 
     fn seed(&mut self, segment: afterimage_blockdev::SegmentId, bytes: &[u8]) {
-        let footer_at = bytes.len().saturating_sub(SECTOR);
-        let footer = match SeedFooter::decode(&bytes[footer_at..], self.store, segment) {
-            Ok(footer) => footer,
-            Err(damage) => return self.damaged(footer_at as u64, damage, None),
-        };
+        let tail_at = bytes.len().saturating_sub(FOOTERS_BYTES);
+        let footers = [tail_at, tail_at + SECTOR].map(|at| {
+            let found = SeedFooter::decode(bytes.get(at..).unwrap_or(&[]), self.store, segment);
+            if let Err(damage) = &found {
+                self.damaged(at as u64, damage.clone(), None);
+            }
+            found.ok()
+        });
+        if let Err(damage) = check_header(bytes, self.store, segment) {
+            self.damaged(0, damage, None);
+        }
+        let [first, second] = footers;
+        let Some(footer) = first.or(second) else { return };
         let at = usize::try_from(footer.directory_offset).unwrap_or(bytes.len());
-        let directory = bytes.get(at..).unwrap_or(&[]);
-        let (offsets, entries) = match footer.decode_directory(directory) {
-            Ok(parts) => parts,
-            Err(damage) => return self.damaged(at as u64, damage, None),
-        };
+        let again = at.saturating_add(footer.directories_len() / 2);
+        let mut found = None;
+        for at in [at, again] {
+            match footer.decode_directory(bytes.get(at..).unwrap_or(&[])) {
+                Ok(parts) => found = found.or(Some(parts)),
+                Err(damage) => self.damaged(at as u64, damage, None),
+            }
+        }
+        let Some((offsets, entries)) = found else { return };
         for (slot, entry) in (0u32..).zip(&entries) {
             self.found.slots += 1;
             let offset = offsets.get(slot).unwrap_or(0);
             let place = usize::try_from(offset).unwrap_or(bytes.len());
             let result = SlotView::parse(bytes.get(place..).unwrap_or(&[]))
-                .and_then(|slot| slot.verify(&entry.context));
+                .and_then(|slot| slot.verify(&entry.context).and_then(|()| slot.verify_padding()));
             if let Err(damage) = result {
                 let hurts = Some((entry.context.history, entry.context.lsns[0]));
                 self.damaged(offset, damage, hurts);

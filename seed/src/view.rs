@@ -7,6 +7,7 @@ use afterimage_blockdev::{
     BlockIndex, BlockOp, BlockOutcome, Extent, ExtentKind, Geometry, IoBuffer, Token,
 };
 
+use crate::entry::EntryKind;
 use crate::error::SeedError;
 use crate::reader::{REGION_BLOCKS, ReadFailure, Reader, Resolved, Sink};
 use crate::section::Snapshot;
@@ -43,7 +44,10 @@ impl BlockDevice for ViewDevice {
 
     fn submit(&self, token: Token, op: BlockOp, to: Arc<dyn BlockCompleter>) {
         if let Err(error) = op.validate(&self.geometry()) {
-            return to.complete(BlockCompletion { token, result: Err(error) });
+            return to.complete(BlockCompletion {
+                token,
+                result: Err(error),
+            });
         }
         match op {
             BlockOp::Read { offset, buffer } => read(self, token, offset, buffer, to),
@@ -59,11 +63,17 @@ impl BlockDevice for ViewDevice {
                 walk.go(token, to);
             }
             BlockOp::Flush => {
-                to.complete(BlockCompletion { token, result: Ok(BlockOutcome::Done) });
+                to.complete(BlockCompletion {
+                    token,
+                    result: Ok(BlockOutcome::Done),
+                });
             }
             other => {
                 let error = other.error(BlockErrorKind::ReadOnly);
-                to.complete(BlockCompletion { token, result: Err(error) });
+                to.complete(BlockCompletion {
+                    token,
+                    result: Err(error),
+                });
             }
         }
     }
@@ -72,9 +82,10 @@ impl BlockDevice for ViewDevice {
 /// What a client of a device is told of an error of the store.
 pub(crate) fn device_error_kind(error: &SeedError) -> BlockErrorKind {
     match error {
-        SeedError::Storage(error) => {
-            BlockErrorKind::Io { errno: 0, message: error.to_string() }
-        }
+        SeedError::Storage(error) => BlockErrorKind::Io {
+            errno: 0,
+            message: error.to_string(),
+        },
         other => BlockErrorKind::Corrupt(other.to_string()),
     }
 }
@@ -118,7 +129,13 @@ fn read(
         };
         to.complete(BlockCompletion { token, result });
     };
-    view.reader.read(&view.snapshot, first, count, Sink::Plain(target), Box::new(done));
+    view.reader.read(
+        &view.snapshot,
+        first,
+        count,
+        Sink::Plain(target),
+        Box::new(done),
+    );
 }
 
 /// Walks regions one after the other; never deeper than one region on the stack.
@@ -135,7 +152,7 @@ impl ExtentWalk {
     fn go(mut self, token: Token, to: Arc<dyn BlockCompleter>) {
         while self.at < self.end {
             let region = BlockIndex::containing(self.at).0 / REGION_BLOCKS;
-            let Some(page) = self.reader.cached_page(&self.snapshot, region) else {
+            let Some(page) = self.reader.page_in_memory(&self.snapshot, region) else {
                 let reader = Arc::clone(&self.reader);
                 let snapshot = Arc::clone(&self.snapshot);
                 reader.map_page(&snapshot, region, move |page| match page {
@@ -146,8 +163,16 @@ impl ExtentWalk {
                     Err(error) => {
                         let (offset, length) = self.asked;
                         let kind = device_error_kind(&error);
-                        let error = BlockError { operation: "extents", offset, length, kind };
-                        to.complete(BlockCompletion { token, result: Err(error) });
+                        let error = BlockError {
+                            operation: "extents",
+                            offset,
+                            length,
+                            kind,
+                        };
+                        to.complete(BlockCompletion {
+                            token,
+                            result: Err(error),
+                        });
                     }
                 });
                 return;
@@ -163,13 +188,23 @@ impl ExtentWalk {
             let block = BlockIndex::containing(self.at);
             let within = usize::try_from(block.0 % REGION_BLOCKS).unwrap_or(0);
             let resolved = blocks[within];
-            let is_data = resolved.layer > 0 && resolved.kind.has_slot();
-            let kind = if is_data { ExtentKind::Data } else { ExtentKind::Zero };
+            // What may not be shown as good must not pass for a hole: a reader skips those.
+            let is_known = !self.snapshot.is_hurt() && resolved.kind != EntryKind::Unknown;
+            let is_data = (resolved.layer > 0 && resolved.kind.has_slot()) || !is_known;
+            let kind = if is_data {
+                ExtentKind::Data
+            } else {
+                ExtentKind::Zero
+            };
             let next = (block.offset() + BLOCK_BYTES as u64).min(self.end);
             let length = next - self.at;
             match self.extents.last_mut() {
                 Some(last) if last.kind == kind => last.length += length,
-                _ => self.extents.push(Extent { offset: self.at, length, kind }),
+                _ => self.extents.push(Extent {
+                    offset: self.at,
+                    length,
+                    kind,
+                }),
             }
             self.at = next;
             if within == blocks.len() - 1 {

@@ -38,6 +38,8 @@ pub const MUST_OCCUR: &[&str] = &[
     "paused",
     "resumed",
     "closed",
+    "released",
+    "released-came-back",
     "sync-failed",
     "sync-interrupted",
     "write-torn-512",
@@ -76,8 +78,10 @@ pub fn crash_campaign(seed_from: u64, count: u64) -> Report {
 #[derive(Clone, Default)]
 struct Model {
     frames: Vec<Arc<[u8]>>,
-    /// So many of them were promised.
-    durable: usize,
+    /// Sequence of the commit of each that was promised.
+    sequences: Vec<u64>,
+    /// So many of them, from the first on, may be gone.
+    released: usize,
 }
 
 struct Campaign {
@@ -96,6 +100,7 @@ impl Campaign {
         let segment_bytes = [128 << 10, 192 << 10, 256 << 10][random.index(3)];
         let mut options = small_options(segment_bytes, random.chance(0.7));
         options.commits_in_flight_max = 1 + random.index(4);
+        options.recycles = !options.seals && random.chance(0.5);
         options.commit_bytes_max = [1, 16 << 10, segment_bytes / 2][random.index(3)];
         Self {
             seed,
@@ -142,12 +147,14 @@ impl Campaign {
         }
         let mut rig = LogRig::new(Arc::clone(storage), self.options.clone());
         rig.step(LogInput::Start { from_sequence: 0 });
-        let mut frames: Vec<Arc<[u8]>> = Vec::new();
+        let mut frames: Vec<(u64, Arc<[u8]>)> = Vec::new();
         let mut is_ready = false;
         loop {
             for output in rig.heard() {
                 match output {
-                    LogOutput::Recovered { frame, .. } => frames.push(frame.bytes.into()),
+                    LogOutput::Recovered { location, frame } => {
+                        frames.push((location.sequence, frame.bytes.into()));
+                    }
                     LogOutput::Ready { segments, .. } => {
                         is_ready = true;
                         if segments.len() > 1 {
@@ -172,31 +179,50 @@ impl Campaign {
         Some(rig)
     }
 
-    fn compare(&mut self, found: &[Arc<[u8]>]) {
+    fn compare(&mut self, found: &[(u64, Arc<[u8]>)]) {
         let Self { seed, model, .. } = self;
-        let (appended, durable) = (model.frames.len(), model.durable);
+        let (appended, durable) = (model.frames.len(), model.sequences.len());
+        // Released frames may be gone, or come back.
+        let first = found.first().map_or(model.released, |(_, first)| {
+            let is_it = |frame: &Arc<[u8]>| frame == first;
+            let place = model.frames.iter().position(is_it);
+            place.unwrap_or_else(|| panic!("seed {seed}: the first frame was never appended"))
+        });
         assert!(
-            found.len() >= durable,
-            "seed {seed}: {} frames recovered, {durable} were durable",
-            found.len()
+            first <= model.released,
+            "seed {seed}: frames from {} on are missing, {} were released",
+            model.released,
+            model.released
+        );
+        let end = first + found.len();
+        assert!(
+            end >= durable,
+            "seed {seed}: {end} frames recovered, {durable} were durable"
         );
         assert!(
-            found.len() <= appended,
-            "seed {seed}: {} frames recovered, {appended} were appended",
-            found.len()
+            end <= appended,
+            "seed {seed}: {end} frames recovered, {appended} were appended"
         );
-        for (place, (found, appended)) in found.iter().zip(&model.frames).enumerate() {
-            assert!(found == appended, "seed {seed}: frame {place} differs");
+        for (place, (_, found)) in (first..).zip(found) {
+            assert!(
+                *found == model.frames[place],
+                "seed {seed}: frame {place} differs"
+            );
         }
-        if found.len() > durable {
+        if end > durable {
             self.report.count("unacknowledged-kept");
         }
-        if found.len() < appended {
+        if end < appended {
             self.report.count("tail-dropped");
         }
-        self.model.frames.truncate(found.len());
+        if !found.is_empty() && first < self.model.released {
+            self.report.count("released-came-back");
+        }
         // What was given back is promised: its reader acts on it.
-        self.model.durable = found.len();
+        self.model.frames.truncate(end);
+        let kept = end.min(durable) - first.min(durable);
+        let new = found[kept..].iter().map(|(sequence, _)| *sequence);
+        self.model.sequences.extend(new);
         self.report.images += 1;
     }
 
@@ -222,6 +248,9 @@ impl Campaign {
                     break;
                 }
             }
+            if !self.options.seals && self.random.chance(0.2) {
+                self.release(rig);
+            }
             if self.random.chance(0.05) {
                 rig.pass(Duration::from_millis(120));
             }
@@ -243,17 +272,40 @@ impl Campaign {
         }
     }
 
+    /// Gives frames away that were promised.
+    fn release(&mut self, rig: &mut LogRig) {
+        let model = &mut self.model;
+        if model.sequences.is_empty() {
+            return;
+        }
+        let through_sequence = model.sequences[self.random.index(model.sequences.len())];
+        let released = model
+            .sequences
+            .partition_point(|sequence| *sequence <= through_sequence);
+        model.released = model.released.max(released);
+        rig.step(LogInput::Release { through_sequence });
+    }
+
     /// Takes what the log said; true when it has failed.
     fn hear(&mut self, rig: &mut LogRig) -> bool {
         let mut has_failed = false;
         for output in rig.heard() {
             match output {
-                LogOutput::Durable { token, frame, .. } => {
+                LogOutput::Durable {
+                    token,
+                    location,
+                    frame,
+                } => {
                     assert!(!has_failed, "seed {}: durable after a failure", self.seed);
-                    let place = self.model.durable;
-                    assert_eq!(token.0, place as u64 + 1, "seed {}: durable in order", self.seed);
+                    let place = self.model.sequences.len();
+                    assert_eq!(
+                        token.0,
+                        place as u64 + 1,
+                        "seed {}: durable in order",
+                        self.seed
+                    );
                     assert_eq!(*frame.bytes, *self.model.frames[place]);
-                    self.model.durable += 1;
+                    self.model.sequences.push(location.sequence);
                     self.report.count("durable");
                 }
                 LogOutput::Sealed { .. } => self.report.count("segment-sealed"),
@@ -262,6 +314,7 @@ impl Campaign {
                     rig.storage.set_capacity(1 << 40);
                 }
                 LogOutput::Resumed => self.report.count("resumed"),
+                LogOutput::Released { .. } => self.report.count("released"),
                 LogOutput::Failed(_) => {
                     has_failed = true;
                     self.has_failed = true;

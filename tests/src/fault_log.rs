@@ -153,7 +153,11 @@ impl Sweep {
             }
             None => {
                 assert!(run.is_ready, "{says}: recovery stalls");
-                assert_eq!(run.durable, run.appended.len(), "{says}: not all is durable");
+                assert_eq!(
+                    run.durable,
+                    run.appended.len(),
+                    "{says}: not all is durable"
+                );
                 self.report.count("finished");
                 if was_paused {
                     self.report.count("paused");
@@ -227,7 +231,10 @@ fn is_final(error: &CacheError) -> bool {
     let CacheError::Storage(error) = error else {
         return false;
     };
-    assert!(matches!(error.kind, StorageErrorKind::NoSpace | StorageErrorKind::Poisoned));
+    assert!(matches!(
+        error.kind,
+        StorageErrorKind::NoSpace | StorageErrorKind::Poisoned
+    ));
     !matches!(error.operation, "write" | "create" | "capacity")
 }
 

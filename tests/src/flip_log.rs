@@ -160,9 +160,7 @@ impl DurableLog {
                     outcome.is_named = true;
                     report.count("slot-damaged");
                 }
-                LogOutput::Mended {
-                    segment: place, ..
-                } => {
+                LogOutput::Mended { segment: place, .. } => {
                     assert_eq!(place, segment, "{says}");
                     outcome.is_named = true;
                     report.count("mended");
@@ -263,7 +261,8 @@ impl DurableLog {
                     Some(found) => assert_eq!(found, place, "{says}: slot {slot} of {id}"),
                     None => {
                         let frame_end = location.offset + frame.bytes.len() as u64;
-                        let is_hit = id == segment && (location.offset..frame_end).contains(&offset);
+                        let is_hit =
+                            id == segment && (location.offset..frame_end).contains(&offset);
                         assert!(is_hit, "{says}: slot {slot} of {id} has no place");
                         missing += 1;
                     }
@@ -325,9 +324,15 @@ impl DurableLog {
         };
         // A frame may be missing when other bytes of its commit are destroyed.
         let of_hit = |at: &FrameLocation| {
-            let of_commit = || self.frames.iter().filter(|(of, _)| of.sequence == at.sequence);
+            let of_commit = || {
+                self.frames
+                    .iter()
+                    .filter(|(of, _)| of.sequence == at.sequence)
+            };
             let start = of_commit().map(|(of, _)| of.offset).min().unwrap_or(0);
-            let end = of_commit().map(|(of, frame)| of.offset + frame.bytes.len() as u64).max();
+            let end = of_commit()
+                .map(|(of, frame)| of.offset + frame.bytes.len() as u64)
+                .max();
             let start = start / SECTOR as u64 * SECTOR as u64;
             let end = end.unwrap_or(0).next_multiple_of(SECTOR as u64);
             at.segment == segment && start < range.end && end > range.start
@@ -336,7 +341,10 @@ impl DurableLog {
         let mut next_of = |location: &FrameLocation| {
             frames.by_ref().find(|(at, _)| {
                 let is_it = at.offset == location.offset && at.segment == location.segment;
-                assert!(is_it || of_hit(at), "{says}: the frame at {at:?} is missing");
+                assert!(
+                    is_it || of_hit(at),
+                    "{says}: the frame at {at:?} is missing"
+                );
                 is_it
             })
         };
@@ -347,7 +355,10 @@ impl DurableLog {
                     let (at, whole) = next_of(&location).expect(&says);
                     assert_eq!(at.first_slot, location.first_slot, "{says}");
                     let is_same = whole.bytes == frame.bytes;
-                    assert!(is_same || is_hit(at, whole), "{says}: another frame changed");
+                    assert!(
+                        is_same || is_hit(at, whole),
+                        "{says}: another frame changed"
+                    );
                     assert_eq!(whole.header.identity, frame.header.identity, "{says}");
                 }
                 LogOutput::Salvaged {
@@ -416,7 +427,11 @@ fn check_intact(
     }
     for found in intact {
         let (range, first_slot) = places.get(&found.range.start).expect(says);
-        assert_eq!((range, first_slot), (&found.range, &found.first_slot), "{says}");
+        assert_eq!(
+            (range, first_slot),
+            (&found.range, &found.first_slot),
+            "{says}"
+        );
         let header = range.start..range.start + RECORD_HEADER_BYTES;
         assert_eq!(whole.bytes[header.clone()], bytes[header], "{says}");
     }
@@ -436,7 +451,11 @@ impl Outcome {
         assert!(self.damaged.len() <= 1, "{says}: {:?}", self.damaged);
         if let Some((location, slot)) = self.changed {
             let expected = (location, location.first_slot + slot);
-            assert_eq!(self.damaged, [expected], "{says}: the changed slot is named");
+            assert_eq!(
+                self.damaged,
+                [expected],
+                "{says}: the changed slot is named"
+            );
         }
     }
 }
@@ -456,7 +475,10 @@ fn differing_slot(whole: &Frame, found: &Frame, says: &str) -> u32 {
         .collect();
     let first = slots.first().copied().expect(says);
     assert!(first > 0, "{says}: header differs at {places:?}");
-    assert!(slots.iter().all(|slot| *slot == first), "{says}: {places:?}");
+    assert!(
+        slots.iter().all(|slot| *slot == first),
+        "{says}: {places:?}"
+    );
     u32::try_from(first - 1).expect(says)
 }
 
@@ -476,11 +498,19 @@ fn check_salvaged(
         expected.push((range, slot, record.header.lsn));
         slot += u32::from(record.slot_count);
     }
-    assert!(lost.len() == 1, "{says}: lost {lost:?} of {:?}, {intact:?} of {expected:?}", whole.header);
+    assert!(
+        lost.len() == 1,
+        "{says}: lost {lost:?} of {:?}, {intact:?} of {expected:?}",
+        whole.header
+    );
     expected.retain(|(_, _, lsn)| *lsn != lost[0]);
     assert_eq!(expected.len(), intact.len(), "{says}");
     for ((range, first_slot, _), found) in expected.iter().zip(intact) {
-        assert_eq!((range, first_slot), (&found.range, &found.first_slot), "{says}");
+        assert_eq!(
+            (range, first_slot),
+            (&found.range, &found.first_slot),
+            "{says}"
+        );
         assert_eq!(whole.bytes[range.clone()], bytes[range.clone()], "{says}");
         let (record, _) = RecordView::parse(&bytes[found.range.clone()]).expect(says);
         let count = record.slots(whole.header.identity.history).count();
@@ -532,7 +562,11 @@ mod tests {
         let log = DurableLog::new(4);
         let mut report = Report::default();
         let (at, _) = log.frames[7];
-        let (name, segment, _) = log.files.iter().find(|(_, id, _)| *id == at.segment).unwrap();
+        let (name, segment, _) = log
+            .files
+            .iter()
+            .find(|(_, id, _)| *id == at.segment)
+            .unwrap();
         let commit = at.offset / SECTOR as u64 * SECTOR as u64;
         for offset in commit..commit + 700 {
             log.check(name, *segment, offset, &mut report);

@@ -1,10 +1,10 @@
 //! Small frames of several machines, each unlike any other.
 
 use afterimage_blockdev::random::Random;
+use afterimage_blockdev::simulated::SeededEntropy;
 use afterimage_blockdev::{
     AgentId, BatchId, DiskId, Epoch, HistoryId, KeyId, Lsn, MachineId, Timestamp,
 };
-use afterimage_blockdev::simulated::SeededEntropy;
 use afterimage_cache::seal::Effort;
 use afterimage_cache::{
     DiskKey, Frame, FrameBuilder, FrameIdentity, MarkKind, RecordHeader, RecordKind, Sealer, TagKey,

@@ -1,13 +1,13 @@
 //! A whole store on a simulated medium, driven from one thread.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage_blockdev::simulated::{SeededEntropy, SimulatedClock, SimulatedStorage};
 use afterimage_blockdev::{
-    BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockOp, BlockOutcome, Clock, IoBuffer,
-    Monotonic, Storage, StorageCompleter, StorageCompletion, Timestamp, Token,
+    BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockOp, BlockOutcome, Clock, FileId,
+    IoBuffer, Monotonic, Storage, StorageCompleter, StorageCompletion, StorageOp, StorageOutcome, Timestamp, Token,
 };
 use afterimage_cache::Frame;
 use afterimage_seed::engine::{ForkedBranch, StreamNumber, TakenSnapshot};
@@ -62,11 +62,15 @@ struct BranchSink {
 
 impl FrameSink for BranchSink {
     fn append(&self, frame: Frame) {
-        self.queue.lock().push_back(FromBranch::Append(self.stream, frame));
+        self.queue
+            .lock()
+            .push_back(FromBranch::Append(self.stream, frame));
     }
 
     fn refresh(&self) {
-        self.queue.lock().push_back(FromBranch::Refresh(self.stream));
+        self.queue
+            .lock()
+            .push_back(FromBranch::Refresh(self.stream));
     }
 }
 
@@ -95,6 +99,12 @@ pub struct StoreRig {
     next_request: u64,
     wake_at: Option<Monotonic>,
     entropy: Arc<SeededEntropy>,
+    /// Operations of the engine that are under way, by the directory that they concern.
+    under_way: HashMap<Token, String>,
+    /// Directories of open files.
+    opened: HashMap<FileId, String>,
+    /// Manifest files begun less those removed: above 1 while one replaces another.
+    is_rotating: bool,
 }
 
 /// Usual values for a small store.
@@ -143,6 +153,9 @@ impl StoreRig {
             next_request: 1,
             wake_at: None,
             entropy,
+            under_way: HashMap::new(),
+            opened: HashMap::new(),
+            is_rotating: false,
         };
         rig.step(Input::Start);
         rig
@@ -161,6 +174,7 @@ impl StoreRig {
         for output in out {
             match output {
                 Output::Storage(token, op) => {
+                    self.note_begun(token, &op);
                     let inbox: Arc<dyn StorageCompleter> = Arc::<Inbox>::clone(&self.inbox);
                     self.storage.submit(token, op, inbox);
                 }
@@ -186,7 +200,9 @@ impl StoreRig {
             self.replies.insert(id, result);
             return;
         };
-        let Some(branch) = self.branches.get(&stream) else { return };
+        let Some(branch) = self.branches.get(&stream) else {
+            return;
+        };
         match result {
             Ok(Response::Snapshot(taken)) => branch.refreshed(taken.snapshot),
             Ok(other) => panic!("{other:?} for a refresh"),
@@ -196,7 +212,9 @@ impl StoreRig {
 
     fn event(&mut self, event: Event) {
         match &event {
-            Event::Durable { stream, durable, .. } => {
+            Event::Durable {
+                stream, durable, ..
+            } => {
                 if let Some(branch) = self.branches.get(stream) {
                     branch.durable(*durable);
                     return;
@@ -217,6 +235,7 @@ impl StoreRig {
         let mut has_carried = false;
         let completions = core::mem::take(&mut *self.inbox.0.lock());
         for completion in completions {
+            self.note_ended(&completion);
             has_carried = true;
             self.step(Input::Storage(completion));
         }
@@ -236,6 +255,53 @@ impl StoreRig {
             }
             has_carried = true;
         }
+    }
+
+    fn note_begun(&mut self, token: Token, op: &StorageOp) {
+        let directory = match op {
+            StorageOp::Create { name } => {
+                self.is_rotating |= name.directory() == "manifest" && self.is_ready;
+                name.directory().to_owned()
+            }
+            StorageOp::Open { name } => name.directory().to_owned(),
+            StorageOp::Remove { name } => {
+                self.is_rotating &= name.directory() != "manifest";
+                name.directory().to_owned()
+            }
+            StorageOp::Rename { to, .. } => to.directory().to_owned(),
+            StorageOp::List { directory } | StorageOp::SyncDirectory { directory } => {
+                directory.clone()
+            }
+            StorageOp::Close { file }
+            | StorageOp::Read { file, .. }
+            | StorageOp::Write { file, .. }
+            | StorageOp::Sync { file }
+            | StorageOp::SetLength { file, .. } => {
+                self.opened.get(file).cloned().unwrap_or_default()
+            }
+            StorageOp::Capacity => String::new(),
+        };
+        self.under_way.insert(token, directory);
+    }
+
+    fn note_ended(&mut self, completion: &StorageCompletion) {
+        let directory = self.under_way.remove(&completion.token);
+        if let (Some(directory), Ok(StorageOutcome::Opened { file, .. })) =
+            (directory, &completion.result)
+        {
+            self.opened.insert(*file, directory);
+        }
+    }
+
+    /// The directories in which operations are under way; `rotation` while one manifest file
+    /// replaces another.
+    #[must_use]
+    pub fn areas(&self) -> BTreeSet<&str> {
+        let mut areas: BTreeSet<&str> = self.under_way.values().map(String::as_str).collect();
+        if self.is_rotating {
+            areas.insert("rotation");
+        }
+        areas
     }
 
     /// Performs one storage operation and brings its completion back; false when none can be.
@@ -263,7 +329,9 @@ impl StoreRig {
 
     /// Lets time pass until the engine wants to be woken; false when that is more than a minute.
     pub fn wake(&mut self) -> bool {
-        let Some(at) = self.wake_at.take() else { return false };
+        let Some(at) = self.wake_at.take() else {
+            return false;
+        };
         let time = at.since(self.clock.monotonic());
         if time > Duration::from_secs(60) {
             return false;
@@ -316,7 +384,10 @@ impl StoreRig {
         allow_incomplete: bool,
     ) -> Option<Result<TakenSnapshot, SeedError>> {
         let reference = reference.parse().expect("a reference");
-        let answer = self.ask(Request::Snapshot { reference, allow_incomplete })?;
+        let answer = self.ask(Request::Snapshot {
+            reference,
+            allow_incomplete,
+        })?;
         Some(answer.map(|response| match response {
             Response::Snapshot(taken) => taken,
             other => panic!("{other:?} for a snapshot"),

@@ -137,7 +137,9 @@ pub struct StateConfig {
 
 impl Default for Paths {
     fn default() -> Self {
-        Self { link_dir: PathBuf::from("/run/afterimage/disk") }
+        Self {
+            link_dir: PathBuf::from("/run/afterimage/disk"),
+        }
     }
 }
 
@@ -154,7 +156,11 @@ impl Default for TapConfig {
 
 impl Default for ActivityConfig {
     fn default() -> Self {
-        Self { idle_ms: 30_000, flush_interval_ms: 5_000, marked_bytes_max: 16 << 30 }
+        Self {
+            idle_ms: 30_000,
+            flush_interval_ms: 5_000,
+            marked_bytes_max: 16 << 30,
+        }
     }
 }
 
@@ -173,7 +179,11 @@ impl Default for PipelineConfig {
 
 impl Default for SpoolConfig {
     fn default() -> Self {
-        Self { bytes_max: 0, file_bytes: 64 << 20, read_ahead_bytes: 16 << 20 }
+        Self {
+            bytes_max: 0,
+            file_bytes: 64 << 20,
+            read_ahead_bytes: 16 << 20,
+        }
     }
 }
 
@@ -202,7 +212,11 @@ impl Default for ReplicateConfig {
 
 impl Default for StateConfig {
     fn default() -> Self {
-        Self { reserve_lsns: 1_000_000, save_interval_ms: 5_000, stop_wait_ms: 10_000 }
+        Self {
+            reserve_lsns: 1_000_000,
+            save_interval_ms: 5_000,
+            stop_wait_ms: 10_000,
+        }
     }
 }
 
@@ -219,7 +233,10 @@ impl Config {
     /// When it cannot be read, names something unknown, or asks for something impossible.
     pub fn load(path: &Path) -> Result<Self, AgentError> {
         let text = std::fs::read_to_string(path).map_err(AgentError::file("read", path))?;
-        let wrong = |what: String| AgentError::Config { path: path.to_owned(), what };
+        let wrong = |what: String| AgentError::Config {
+            path: path.to_owned(),
+            what,
+        };
         let config: Self = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         config.check().map_err(|what| wrong(what.to_owned()))?;
         Ok(config)
@@ -227,9 +244,18 @@ impl Config {
 
     fn check(&self) -> Result<(), &'static str> {
         let at_least = |is_true: bool, what| if is_true { Ok(()) } else { Err(what) };
-        at_least(self.tap.fuse_threads > 0, "tap.fuse_threads must be at least 1")?;
-        at_least(self.tap.source_depth > 0, "tap.source_depth must be at least 1")?;
-        at_least(self.activity.flush_interval_ms > 0, "activity.flush_interval_ms must be above 0")?;
+        at_least(
+            self.tap.fuse_threads > 0,
+            "tap.fuse_threads must be at least 1",
+        )?;
+        at_least(
+            self.tap.source_depth > 0,
+            "tap.source_depth must be at least 1",
+        )?;
+        at_least(
+            self.activity.flush_interval_ms > 0,
+            "activity.flush_interval_ms must be above 0",
+        )?;
         at_least(
             self.pipeline.captured_bytes_max >= 8 << 20,
             "pipeline.captured_bytes_max must be at least 8 MiB",
@@ -251,8 +277,17 @@ impl Config {
                 && (16 << 10..=4 << 20).contains(&self.replicate.chunk_bytes),
             "replicate.chunk_bytes must be a multiple of 16 KiB, up to 4 MiB",
         )?;
-        at_least(self.replicate.questions_max > 0, "replicate.questions_max must be above 0")?;
-        at_least(self.link.report_interval_ms > 0, "link.report_interval_ms must be above 0")?;
-        at_least(self.state.reserve_lsns >= 1_000, "state.reserve_lsns must be at least 1000")
+        at_least(
+            self.replicate.questions_max > 0,
+            "replicate.questions_max must be above 0",
+        )?;
+        at_least(
+            self.link.report_interval_ms > 0,
+            "link.report_interval_ms must be above 0",
+        )?;
+        at_least(
+            self.state.reserve_lsns >= 1_000,
+            "state.reserve_lsns must be at least 1000",
+        )
     }
 }

@@ -151,7 +151,11 @@ impl AgentError {
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::File { operation, path, source }
+        move |source| Self::File {
+            operation,
+            path,
+            source,
+        }
     }
 
     /// How to go on.
@@ -201,7 +205,11 @@ impl AgentError {
     pub fn to_api(&self) -> ApiError {
         match self {
             Self::Appliance(error) => error.clone(),
-            _ => ApiError { class: self.class(), message: self.to_string(), hint: self.hint() },
+            _ => ApiError {
+                class: self.class(),
+                message: self.to_string(),
+                hint: self.hint(),
+            },
         }
     }
 }

@@ -24,7 +24,10 @@ impl TapTree {
     #[must_use]
     pub fn new(clock: &dyn Clock) -> Arc<Self> {
         let first = NodeId::ROOT.0 + 1;
-        Arc::new(Self { entries: RwLock::new((first, Vec::new())), made: clock.wall() })
+        Arc::new(Self {
+            entries: RwLock::new((first, Vec::new())),
+            made: clock.wall(),
+        })
     }
 
     /// Name of a disk's file.
@@ -38,7 +41,11 @@ impl TapTree {
         let mut entries = self.entries.write();
         let id = NodeId(entries.0);
         entries.0 += 1;
-        entries.1.push(Entry { id, name: Self::file_name(disk).into(), device });
+        entries.1.push(Entry {
+            id,
+            name: Self::file_name(disk).into(),
+            device,
+        });
     }
 
     /// Removes a disk's file.
@@ -48,7 +55,11 @@ impl TapTree {
     }
 
     fn root(&self) -> Node {
-        Node { id: NodeId::ROOT, kind: NodeKind::Directory, modified: self.made }
+        Node {
+            id: NodeId::ROOT,
+            kind: NodeKind::Directory,
+            modified: self.made,
+        }
     }
 
     fn describe(&self, entry: &Entry) -> Node {
@@ -57,7 +68,11 @@ impl TapTree {
             size_bytes: geometry.size_bytes,
             is_read_only: geometry.is_read_only,
         };
-        Node { id: entry.id, kind, modified: self.made }
+        Node {
+            id: entry.id,
+            kind,
+            modified: self.made,
+        }
     }
 
     fn find<T>(
@@ -66,7 +81,12 @@ impl TapTree {
         use_it: impl FnOnce(&Entry) -> T,
     ) -> Result<T, TreeError> {
         let entries = self.entries.read();
-        entries.1.iter().find(|entry| is_it(entry)).map(use_it).ok_or(TreeError::NotFound)
+        entries
+            .1
+            .iter()
+            .find(|entry| is_it(entry))
+            .map(use_it)
+            .ok_or(TreeError::NotFound)
     }
 }
 

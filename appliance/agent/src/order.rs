@@ -10,10 +10,11 @@
 //! * The queue holds at most what admission let through, and marks.
 
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage_blockdev::{BatchId, DiskId, Lsn, Timestamp};
+use afterimage_blockdev::{BatchId, DiskId, IoBuffer, Lsn, Timestamp};
 use afterimage_cache::{FrameIdentity, RecordHeader, RecordKind};
 use parking_lot::{Condvar, Mutex};
 
@@ -26,11 +27,31 @@ const DRAFTS_MAX: u64 = 256;
 /// Times that are remembered of records not yet acknowledged.
 const TIMES_MAX: usize = 4096;
 
+/// Whole blocks that a record carries.
+#[derive(Debug)]
+pub enum BlockBytes {
+    /// A copy.
+    Copied(Vec<u8>),
+    /// What was written to the source.
+    Written(IoBuffer),
+}
+
+impl Deref for BlockBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Copied(bytes) => bytes,
+            Self::Written(buffer) => buffer,
+        }
+    }
+}
+
 /// What a record carries.
 #[derive(Debug)]
 pub enum Payload {
     /// Whole blocks.
-    Data(Vec<u8>),
+    Data(BlockBytes),
     /// The name of a mark, or the disks of a batch.
     Note(Vec<u8>),
 }
@@ -68,18 +89,25 @@ impl Draft {
     #[must_use]
     pub fn note(kind: RecordKind, batch: BatchId, argument: u64, note: Vec<u8>) -> Self {
         let payload = Payload::Note(note);
-        Self { kind, disk: None, offset: 0, length: 0, batch, argument, payload }
+        Self {
+            kind,
+            disk: None,
+            offset: 0,
+            length: 0,
+            batch,
+            argument,
+            payload,
+        }
     }
 
     /// Bytes that the draft must be admitted for. Records of no disk are few and not counted.
     #[must_use]
     pub fn cost(&self) -> usize {
-        match (&self.payload, &self.disk) {
-            (_, None) => 0,
-            (Payload::Data(bytes) | Payload::Note(bytes), Some(_)) => {
-                bytes.len() + RECORD_OVERHEAD
-            }
-        }
+        let payload = match &self.payload {
+            Payload::Data(bytes) => bytes.len(),
+            Payload::Note(note) => note.len(),
+        };
+        if self.disk.is_some() { payload + RECORD_OVERHEAD } else { 0 }
     }
 }
 
@@ -223,11 +251,7 @@ impl Order {
         last
     }
 
-    fn push_all(
-        &self,
-        state: &mut State,
-        drafts: impl IntoIterator<Item = Draft>,
-    ) -> Option<Lsn> {
+    fn push_all(&self, state: &mut State, drafts: impl IntoIterator<Item = Draft>) -> Option<Lsn> {
         let now = self.clock.now();
         let mut last = None;
         for draft in drafts {
@@ -325,7 +349,11 @@ impl Order {
     /// that is not, or somewhat earlier.
     pub fn acknowledged(&self, durable: Lsn) -> Option<Timestamp> {
         let mut state = self.state.lock();
-        while state.times.get(1).is_some_and(|(lsn, _)| lsn.0 <= durable.0.saturating_add(1)) {
+        while state
+            .times
+            .get(1)
+            .is_some_and(|(lsn, _)| lsn.0 <= durable.0.saturating_add(1))
+        {
             state.times.pop_front();
         }
         let is_all = state.next.0.saturating_sub(1) <= durable.0;
@@ -400,7 +428,13 @@ impl State {
             argument: draft.argument,
         };
         self.note_time(lsn);
-        self.queue.push_back((Captured { header, payload: draft.payload }, cost));
+        self.queue.push_back((
+            Captured {
+                header,
+                payload: draft.payload,
+            },
+            cost,
+        ));
         self.queue_bytes += cost;
         lsn
     }
@@ -408,7 +442,10 @@ impl State {
     /// Remembers about one record in a hundred milliseconds.
     fn note_time(&mut self, lsn: Lsn) {
         let step = 100_000_000;
-        let is_due = self.times.back().is_none_or(|(_, time)| time.0 + step <= self.last_time.0);
+        let is_due = self
+            .times
+            .back()
+            .is_none_or(|(_, time)| time.0 + step <= self.last_time.0);
         if is_due && self.times.len() < TIMES_MAX {
             self.times.push_back((lsn, self.last_time));
         }
@@ -444,7 +481,13 @@ impl State {
         self.queue_bytes -= cost;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        Portion { ticket, identity: self.identity, records, cost, waiting: self.queue_bytes }
+        Portion {
+            ticket,
+            identity: self.identity,
+            records,
+            cost,
+            waiting: self.queue_bytes,
+        }
     }
 }
 

@@ -37,7 +37,11 @@ fn runtime() -> Result<tokio::runtime::Runtime, AgentError> {
 
 fn refused(message: String, hint: &str) -> AgentError {
     let hint = hint.to_owned();
-    AgentError::Appliance(ApiError { class: ErrorClass::Refused, message, hint })
+    AgentError::Appliance(ApiError {
+        class: ErrorClass::Refused,
+        message,
+        hint,
+    })
 }
 
 /// `afterimage-agent enrol`. Returns what to tell the person.
@@ -60,8 +64,13 @@ pub fn run_enrol(args: &EnrolArgs) -> Result<String, AgentError> {
     crate::machine::check_name(&machine_name)?;
     let state = StateDir::open(&args.state_dir)?;
     let timeout = ms(Config::default().link.connect_timeout_ms);
-    let request =
-        EnrolRequest { host, port, token: args.token.clone(), machine_name, timeout };
+    let request = EnrolRequest {
+        host,
+        port,
+        token: args.token.clone(),
+        machine_name,
+        timeout,
+    };
     let identity = runtime()?.block_on(enrol(&state, request, &SystemEntropy))?;
     Ok(format!(
         "enrolled machine {} ({}) as agent {} with {}",
@@ -97,8 +106,12 @@ pub fn run_agent(args: &RunArgs) -> Result<(), AgentError> {
     };
     let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
     let clock = Arc::new(SystemClock::default());
-    let machine =
-        Machine::start(Parts { config, state, clock, entropy: Arc::clone(&entropy) })?;
+    let machine = Machine::start(Parts {
+        config,
+        state,
+        clock,
+        entropy: Arc::clone(&entropy),
+    })?;
     runtime.block_on(serve(&machine, socket, entropy));
     machine.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -123,7 +136,10 @@ async fn serve(machine: &Arc<Machine>, socket: ControlSocket, entropy: Arc<dyn E
     wait_for_signal().await;
     tracing::info!("the agent stops");
     let draining = Arc::clone(machine);
-    if tokio::task::spawn_blocking(move || draining.drain()).await.is_err() {
+    if tokio::task::spawn_blocking(move || draining.drain())
+        .await
+        .is_err()
+    {
         tracing::error!("the orderly stop failed");
     }
     for task in [link, renewal] {
@@ -133,9 +149,10 @@ async fn serve(machine: &Arc<Machine>, socket: ControlSocket, entropy: Arc<dyn E
 }
 
 async fn wait_for_signal() {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         tracing::error!("signals cannot be received");
         return;
     };
@@ -146,7 +163,9 @@ async fn wait_for_signal() {
 }
 
 fn now_s() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 

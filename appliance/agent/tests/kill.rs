@@ -1,6 +1,8 @@
 //! The agent dies at any instant: every write is in the replica in the end, only marked regions
 //! are compared, and LSNs only rise. Needs root, FUSE and loop devices.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::path::Path;
@@ -21,7 +23,10 @@ fn assert_equal(appliance: &Appliance, disk: DiskId, source: &Path) {
     let disk = &replica.disks[&disk];
     bytes.resize(disk.bytes.len(), 0);
     if let Some(at) = (0..bytes.len()).find(|at| bytes[*at] != disk.bytes[*at]) {
-        panic!("byte {at} differs: source {}, replica {}", bytes[at], disk.bytes[at]);
+        panic!(
+            "byte {at} differs: source {}, replica {}",
+            bytes[at], disk.bytes[at]
+        );
     }
     assert!(disk.has_copy && disk.batch.is_none(), "the copy is whole");
 }
@@ -39,7 +44,12 @@ impl Scene {
         let appliance = Appliance::start();
         let state_dir = enrol(root.path(), &appliance);
         let config = quick_config(root.path());
-        Self { root, appliance, state_dir, config }
+        Self {
+            root,
+            appliance,
+            state_dir,
+            config,
+        }
     }
 
     fn process(&self) -> Process {
@@ -72,7 +82,9 @@ fn killed_under_load_only_marked_regions_are_compared() {
     let mut device = process.attach(&source, "data");
     let mut direct = Direct::open(&device);
     for number in 0..64 {
-        direct.write(number * MIB, &pattern(number, 1 << 19)).unwrap();
+        direct
+            .write(number * MIB, &pattern(number, 1 << 19))
+            .unwrap();
     }
     drop(direct);
     process.connected();
@@ -91,7 +103,10 @@ fn killed_under_load_only_marked_regions_are_compared() {
             until("some writes", || count.load(Ordering::SeqCst) > 300 * round);
             process.kill();
             for writer in writers {
-                assert!(writer.join().unwrap(), "a writer is told honestly that its disk is gone");
+                assert!(
+                    writer.join().unwrap(),
+                    "a writer is told honestly that its disk is gone"
+                );
             }
         });
         let highest = scene.appliance.replica.lock().highest;
@@ -100,7 +115,11 @@ fn killed_under_load_only_marked_regions_are_compared() {
         process.protected("data");
         let shown = process.disk("data");
         assert!(shown.recheck_read_bytes > 0, "something was under way");
-        assert!(shown.recheck_read_bytes <= 17 * MIB, "{} bytes", shown.recheck_read_bytes);
+        assert!(
+            shown.recheck_read_bytes <= 17 * MIB,
+            "{} bytes",
+            shown.recheck_read_bytes
+        );
         assert!(process.status().captured > highest, "LSNs only rise");
         process.caught_up();
         assert_equal(&scene.appliance, disk, &source);
@@ -118,11 +137,15 @@ fn a_first_copy_goes_on_where_it_was() {
     let device = process.attach(&source, "data");
     let mut direct = Direct::open(&device);
     for number in 0..64 {
-        direct.write(number * MIB, &pattern(number, 1 << 20)).unwrap();
+        direct
+            .write(number * MIB, &pattern(number, 1 << 20))
+            .unwrap();
     }
     process.connected();
     process.post("/v1/disks/data/protect", "{}").unwrap();
-    until("half of the copy", || process.disk("data").done_bytes > 24 * MIB);
+    until("half of the copy", || {
+        process.disk("data").done_bytes > 24 * MIB
+    });
     direct.write(60 * MIB, &pattern(1000, 1 << 16)).unwrap();
     drop(direct);
     process.kill();
@@ -133,7 +156,10 @@ fn a_first_copy_goes_on_where_it_was() {
     process.protected("data");
     let disk = process.disk("data");
     let sent_after = scene.appliance.replica.lock().bulk_bytes - sent_before;
-    assert!(sent_after < 50 * MIB, "{sent_after} bytes: what was there was not sent again");
+    assert!(
+        sent_after < 50 * MIB,
+        "{sent_after} bytes: what was there was not sent again"
+    );
     process.caught_up();
     assert_equal(&scene.appliance, disk.disk, &source);
     process.terminate();
@@ -145,7 +171,7 @@ fn after_a_power_cut_the_replica_follows_the_source_back() {
     let mut scene = Scene::new();
     scene.config.activity.flush_interval_ms = 1_000_000;
     let source = image(scene.root.path(), "disk.img", 64 * MIB);
-    let mut process = scene.process();
+    let process = scene.process();
     let device = process.attach(&source, "data");
     process.connected();
     process.post("/v1/disks/data/protect", "{}").unwrap();
@@ -203,18 +229,45 @@ fn wrong_input_is_refused_and_a_shrunk_disk_stays_out() {
     let post = |body: &str| process.post("/v1/disks", body).unwrap_err();
     let with = |source: &str, name: &str| format!(r#"{{"source":"{source}","name":"{name}"}}"#);
     let path = source.display().to_string();
-    assert!(post(&with(&path, "other")).message.contains("attached as data"));
-    assert!(post(&with(&path, "data")).message.contains("attached already"));
-    assert!(post(&with("/no/such/file", "x")).message.contains("No such file"));
+    assert!(
+        post(&with(&path, "other"))
+            .message
+            .contains("attached as data")
+    );
+    assert!(
+        post(&with(&path, "data"))
+            .message
+            .contains("attached already")
+    );
+    assert!(
+        post(&with("/no/such/file", "x"))
+            .message
+            .contains("No such file")
+    );
     assert!(post(&with("relative", "x")).message.contains("absolute"));
     assert!(post(&with(&path, "../x")).message.contains("not a name"));
-    assert!(post(r#"{"source":"/x","name":"x","more":1}"#).message.contains("unknown field"));
-    assert!(process.post("/v1/disks/none/detach", "").unwrap_err().message.contains("no disk"));
+    assert!(
+        post(r#"{"source":"/x","name":"x","more":1}"#)
+            .message
+            .contains("unknown field")
+    );
+    assert!(
+        process
+            .post("/v1/disks/none/detach", "")
+            .unwrap_err()
+            .message
+            .contains("no disk")
+    );
     process.connected();
     process.post("/v1/disks/data/protect", "{}").unwrap();
     process.protected("data");
     process.terminate();
-    std::fs::File::options().write(true).open(&source).unwrap().set_len(8 * MIB).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&source)
+        .unwrap()
+        .set_len(8 * MIB)
+        .unwrap();
     let process = scene.process();
     let disk = process.disk("data");
     assert!(disk.reason.contains("shrank"), "{}", disk.reason);
@@ -230,7 +283,10 @@ fn a_device_in_use_is_not_detached() {
     let process = scene.process();
     let device = process.attach(&source, "data");
     let run = |program: &str, arguments: &[&str]| {
-        let output = std::process::Command::new(program).args(arguments).output().unwrap();
+        let output = std::process::Command::new(program)
+            .args(arguments)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{program}: {output:?}");
     };
     let device = device.display().to_string();

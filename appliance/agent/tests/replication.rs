@@ -1,6 +1,8 @@
 //! A tapped disk, a real connection, and an appliance in memory: the replica equals the source.
 //! Needs root, FUSE and loop devices.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::path::Path;
@@ -20,7 +22,10 @@ fn assert_equal(appliance: &Appliance, agent: &Agent, name: &str, source: &Path)
     let disk = &replica.disks[&id];
     bytes.resize(disk.bytes.len(), 0);
     if let Some(at) = (0..bytes.len()).find(|at| bytes[*at] != disk.bytes[*at]) {
-        panic!("byte {at} differs: source {}, replica {}", bytes[at], disk.bytes[at]);
+        panic!(
+            "byte {at} differs: source {}, replica {}",
+            bytes[at], disk.bytes[at]
+        );
     }
     assert!(disk.has_copy && disk.batch.is_none(), "the copy is whole");
 }
@@ -36,7 +41,11 @@ impl Scene {
         let root = tempfile::tempdir().unwrap();
         let appliance = Appliance::start();
         let state_dir = enrol(root.path(), &appliance);
-        Self { root, appliance, state_dir }
+        Self {
+            root,
+            appliance,
+            state_dir,
+        }
     }
 
     fn agent(&self) -> Agent {
@@ -52,7 +61,9 @@ fn a_disk_is_copied_while_it_is_written() {
     let device = agent.attach(&source, "data");
     let mut direct = Direct::open(&device);
     for chunk in 0..24 {
-        direct.write(chunk * 2 * MIB, &pattern(chunk, 1 << 20)).unwrap();
+        direct
+            .write(chunk * 2 * MIB, &pattern(chunk, 1 << 20))
+            .unwrap();
     }
     agent.connected();
     agent.machine.protect("data").unwrap();
@@ -63,7 +74,9 @@ fn a_disk_is_copied_while_it_is_written() {
             let mut number = 0;
             while !is_over.load(Ordering::SeqCst) {
                 let offset = (number * 7919 % (64 * MIB / 4096 - 4)) * 4096;
-                direct.write(offset, &pattern(number, 4096 * (1 + number as usize % 4))).unwrap();
+                direct
+                    .write(offset, &pattern(number, 4096 * (1 + usize::try_from(number % 4).unwrap())))
+                    .unwrap();
                 number += 1;
             }
         });
@@ -91,7 +104,12 @@ fn a_lost_connection_costs_no_resync() {
         scene.appliance.cut();
         until("the cut", || !agent.machine.is_streaming());
         for number in 0..40 {
-            direct.write((number * 13 % 64) * MIB, &pattern(round * 100 + number, 1 << 19)).unwrap();
+            direct
+                .write(
+                    (number * 13 % 64) * MIB,
+                    &pattern(round * 100 + number, 1 << 19),
+                )
+                .unwrap();
         }
         scene.appliance.heal();
         agent.connected();
@@ -99,7 +117,11 @@ fn a_lost_connection_costs_no_resync() {
     agent.caught_up();
     drop(direct);
     assert_equal(&scene.appliance, &agent, "data", &source);
-    assert_eq!(scene.appliance.replica.lock().questions, 0, "nothing was compared");
+    assert_eq!(
+        scene.appliance.replica.lock().questions,
+        0,
+        "nothing was compared"
+    );
     agent.stop();
 }
 
@@ -122,34 +144,51 @@ fn memory_then_spool_then_bitmap_and_back() {
     until("the cut", || !agent.machine.is_streaming());
     let mut direct = Direct::open(&device);
     for number in 0..64 {
-        direct.write(number * MIB, &pattern(number, 1 << 20)).unwrap();
+        direct
+            .write(number * MIB, &pattern(number, 1 << 20))
+            .unwrap();
     }
-    until("the spool", || agent.machine.status().spooled_bytes > 32 << 20);
+    until("the spool", || {
+        agent.machine.status().spooled_bytes > 32 << 20
+    });
     scene.appliance.heal();
     agent.connected();
     agent.caught_up();
     assert_equal(&scene.appliance, &agent, "data", &source);
-    assert_eq!(scene.appliance.replica.lock().questions, 0, "the spool was enough");
+    assert_eq!(
+        scene.appliance.replica.lock().questions,
+        0,
+        "the spool was enough"
+    );
 
     scene.appliance.cut();
     until("the cut", || !agent.machine.is_streaming());
     let mut number = 0;
     while agent.machine.order().is_flowing() {
-        direct.write((number % 250) * MIB, &pattern(1000 + number, 1 << 20)).unwrap();
+        direct
+            .write((number % 250) * MIB, &pattern(1000 + number, 1 << 20))
+            .unwrap();
         number += 1;
         assert!(number < 600, "the spool is bounded");
     }
     for number in 0..20 {
-        direct.write(number * 3 * MIB, &pattern(5000 + number, 1 << 16)).unwrap();
+        direct
+            .write(number * 3 * MIB, &pattern(5000 + number, 1 << 16))
+            .unwrap();
     }
-    until("the reason", || agent.phase("data") == Some(DiskPhase::ResyncNeeded));
+    until("the reason", || {
+        agent.phase("data") == Some(DiskPhase::ResyncNeeded)
+    });
     scene.appliance.heal();
     agent.protected("data");
     direct.write(5 * MIB, &pattern(9999, 4096)).unwrap();
     drop(direct);
     agent.caught_up();
     assert_equal(&scene.appliance, &agent, "data", &source);
-    assert!(scene.appliance.replica.lock().questions > 0, "marked regions were compared");
+    assert!(
+        scene.appliance.replica.lock().questions > 0,
+        "marked regions were compared"
+    );
     agent.stop();
 }
 
@@ -164,7 +203,9 @@ fn after_an_orderly_stop_nothing_is_compared() {
     agent.protected("data");
     let mut direct = Direct::open(&device);
     for number in 0..50 {
-        direct.write(number * MIB, &pattern(number, 1 << 16)).unwrap();
+        direct
+            .write(number * MIB, &pattern(number, 1 << 16))
+            .unwrap();
     }
     drop(direct);
     let before = agent.machine.status().epoch;
@@ -172,7 +213,10 @@ fn after_an_orderly_stop_nothing_is_compared() {
     let agent = scene.agent();
     agent.connected();
     agent.protected("data");
-    assert!(agent.machine.status().epoch > before, "each run writes an epoch of its own");
+    assert!(
+        agent.machine.status().epoch > before,
+        "each run writes an epoch of its own"
+    );
     let mut direct = Direct::open(&agent.device("data"));
     direct.write(3 * MIB, &pattern(77, 8192)).unwrap();
     drop(direct);
@@ -192,9 +236,14 @@ fn marks_are_placed_where_they_are_asked_for() {
     agent.machine.protect("data").unwrap();
     agent.protected("data");
     scene.appliance.place_mark(42, "before the upgrade");
-    until("the mark", || !scene.appliance.replica.lock().marks().is_empty());
+    until("the mark", || {
+        !scene.appliance.replica.lock().marks().is_empty()
+    });
     let marks = scene.appliance.replica.lock().marks();
-    assert_eq!((marks[0].argument, &marks[0].note[..]), (42, &b"before the upgrade"[..]));
+    assert_eq!(
+        (marks[0].argument, &marks[0].note[..]),
+        (42, &b"before the upgrade"[..])
+    );
     until("a report", || {
         let report = scene.appliance.report();
         report.is_some_and(|report| {
@@ -213,9 +262,13 @@ fn a_refusal_is_shown_and_nothing_is_lost() {
     agent.connected();
     agent.machine.protect("data").unwrap();
     agent.protected("data");
-    scene.appliance.refuse(RefusalCode::StaleEpoch, ErrorClass::Fenced);
+    scene
+        .appliance
+        .refuse(RefusalCode::StaleEpoch, ErrorClass::Fenced);
     scene.appliance.drop_connections();
-    until("the reason", || agent.machine.status().reason.contains("it is refused"));
+    until("the reason", || {
+        agent.machine.status().reason.contains("it is refused")
+    });
     let mut direct = Direct::open(&device);
     direct.write(MIB, &pattern(1, 1 << 16)).unwrap();
     scene.appliance.accept_again();
@@ -241,7 +294,8 @@ fn two_disks_share_one_order_and_one_can_go() {
     let (mut a, mut b) = (Direct::open(&first), Direct::open(&second));
     for number in 0..60 {
         a.write(number * 8192, &pattern(number, 8192)).unwrap();
-        b.write(number * 4096 + 512, &pattern(number + 500, 1024)).unwrap();
+        b.write(number * 4096 + 512, &pattern(number + 500, 1024))
+            .unwrap();
     }
     b.write(16 * MIB, &pattern(9, 512)).unwrap();
     agent.protected("one");

@@ -24,8 +24,15 @@ pub struct FrameHead {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
-    Frame { stream: StreamId, first: Lsn, last: Lsn },
-    Bulk { stream: StreamId, number: u64 },
+    Frame {
+        stream: StreamId,
+        first: Lsn,
+        last: Lsn,
+    },
+    Bulk {
+        stream: StreamId,
+        number: u64,
+    },
 }
 
 impl FrameHead {
@@ -40,7 +47,15 @@ impl FrameHead {
                 type Fields = (StreamId, Lsn, Lsn, usize);
                 let ((stream, first, last, len), rest) =
                     postcard::take_from_bytes::<Fields>(rest).ok()?;
-                (Kind::Frame { stream, first, last }, len, rest)
+                (
+                    Kind::Frame {
+                        stream,
+                        first,
+                        last,
+                    },
+                    len,
+                    rest,
+                )
             }
             BULK => {
                 let ((stream, number, len), rest) =
@@ -51,15 +66,32 @@ impl FrameHead {
         };
         let head_len = start.len() - rest.len();
         let is_whole = head_len.checked_add(frame_len) == Some(message_len);
-        is_whole.then_some(Self { kind, head_len, frame_len })
+        is_whole.then_some(Self {
+            kind,
+            head_len,
+            frame_len,
+        })
     }
 
     /// Puts head and frame together.
     #[must_use]
     pub fn into_message(self, bytes: Vec<u8>) -> FromSender {
         match self.kind {
-            Kind::Frame { stream, first, last } => FromSender::Frame { stream, first, last, bytes },
-            Kind::Bulk { stream, number } => FromSender::Bulk { stream, number, bytes },
+            Kind::Frame {
+                stream,
+                first,
+                last,
+            } => FromSender::Frame {
+                stream,
+                first,
+                last,
+                bytes,
+            },
+            Kind::Bulk { stream, number } => FromSender::Bulk {
+                stream,
+                number,
+                bytes,
+            },
         }
     }
 }
@@ -84,16 +116,28 @@ mod tests {
             let bytes = vec![7; len];
             let stream = StreamId(u32::MAX);
             let (first, last) = (Lsn(u64::MAX - 1), Lsn(u64::MAX));
-            let frame = FromSender::Frame { stream, first, last, bytes: bytes.clone() };
+            let frame = FromSender::Frame {
+                stream,
+                first,
+                last,
+                bytes: bytes.clone(),
+            };
             assert_eq!(round_trip(&frame), Some(frame));
-            let bulk = FromSender::Bulk { stream, number: u64::MAX, bytes };
+            let bulk = FromSender::Bulk {
+                stream,
+                number: u64::MAX,
+                bytes,
+            };
             assert_eq!(round_trip(&bulk), Some(bulk));
         }
     }
 
     #[test]
     fn leaves_other_messages_and_lies_to_the_whole_decoder() {
-        let hello = FromSender::Hello { version: 1, program: "a".repeat(100) };
+        let hello = FromSender::Hello {
+            version: 1,
+            program: "a".repeat(100),
+        };
         assert_eq!(round_trip(&hello), None);
         let frame = FromSender::Frame {
             stream: StreamId(1),

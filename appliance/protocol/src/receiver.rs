@@ -19,7 +19,9 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use afterimage_blockdev::{AgentId, DiskId, Epoch, ErrorClass, HistoryId, Lsn, MachineId, Timestamp};
+use afterimage_blockdev::{
+    AgentId, DiskId, Epoch, ErrorClass, HistoryId, Lsn, MachineId, Timestamp,
+};
 
 use crate::message::{
     COMPARE_BLOCKS_MAX, DiskDescription, ForkPoint, FromReceiver, FromSender, MarkRequestKind,
@@ -146,7 +148,12 @@ impl Receiver {
     /// Makes the state of a new connection.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, state: State::WaitsForHello, streams: BTreeMap::new(), freed_bytes: 0 }
+        Self {
+            limits,
+            state: State::WaitsForHello,
+            streams: BTreeMap::new(),
+            freed_bytes: 0,
+        }
     }
 
     /// Takes a message of the peer. `now` and `program` go into a `Welcome`.
@@ -159,7 +166,10 @@ impl Receiver {
             },
             Err(Fault::Connection(refusal)) => {
                 self.state = State::Over;
-                Action::HangUp(FromReceiver::Refused { stream: None, refusal })
+                Action::HangUp(FromReceiver::Refused {
+                    stream: None,
+                    refusal,
+                })
             }
         }
     }
@@ -179,10 +189,28 @@ impl Receiver {
             (State::Ready, FromSender::Hello { .. }) => Err(violation("a second hello")),
             (
                 State::Ready,
-                FromSender::Open { stream, machine, name, history, parent, origin, epoch },
+                FromSender::Open {
+                    stream,
+                    machine,
+                    name,
+                    history,
+                    parent,
+                    origin,
+                    epoch,
+                },
             ) => {
-                let identity = StreamIdentity { machine, history, origin, epoch };
-                self.open(OpenWanted { stream, name, parent, identity })
+                let identity = StreamIdentity {
+                    machine,
+                    history,
+                    origin,
+                    epoch,
+                };
+                self.open(OpenWanted {
+                    stream,
+                    name,
+                    parent,
+                    identity,
+                })
             }
             (State::Ready, message) => self.on_stream(message),
         }
@@ -258,21 +286,61 @@ impl Receiver {
         }
         let at = |refusal| Fault::Stream(id, refusal);
         match message {
-            FromSender::Declare { stream: _, description } => {
+            FromSender::Declare {
+                stream: _,
+                description,
+            } => {
                 stream.declare(&description, disks_max).map_err(at)?;
-                Ok(Action::Declare { stream: id, description })
+                Ok(Action::Declare {
+                    stream: id,
+                    description,
+                })
             }
-            FromSender::Frame { stream: _, first, last, bytes } => {
+            FromSender::Frame {
+                stream: _,
+                first,
+                last,
+                bytes,
+            } => {
                 stream.take_frame(first, last, bytes.len()).map_err(at)?;
-                Ok(Action::Append { stream: id, identity: stream.identity, first, last, bytes })
+                Ok(Action::Append {
+                    stream: id,
+                    identity: stream.identity,
+                    first,
+                    last,
+                    bytes,
+                })
             }
-            FromSender::Bulk { stream: _, number, bytes } => {
+            FromSender::Bulk {
+                stream: _,
+                number,
+                bytes,
+            } => {
                 stream.take_bulk(number, bytes.len()).map_err(at)?;
-                Ok(Action::Bulk { stream: id, identity: stream.identity, number, bytes })
+                Ok(Action::Bulk {
+                    stream: id,
+                    identity: stream.identity,
+                    number,
+                    bytes,
+                })
             }
-            FromSender::Compare { stream: _, number, disk, first_block, tags } => {
-                stream.take_question(number, disk, first_block, tags.len()).map_err(at)?;
-                Ok(Action::Compare { stream: id, number, disk, first_block, tags })
+            FromSender::Compare {
+                stream: _,
+                number,
+                disk,
+                first_block,
+                tags,
+            } => {
+                stream
+                    .take_question(number, disk, first_block, tags.len())
+                    .map_err(at)?;
+                Ok(Action::Compare {
+                    stream: id,
+                    number,
+                    disk,
+                    first_block,
+                    tags,
+                })
             }
             FromSender::Report { stream: _, report } => {
                 stream.check_report(&report, disks_max).map_err(at)?;
@@ -301,7 +369,13 @@ impl Receiver {
             return None;
         }
         stream.open(durable, credit_bytes);
-        Some(FromReceiver::Opened { stream: id, durable, highest, credit_bytes, tag_key })
+        Some(FromReceiver::Opened {
+            stream: id,
+            durable,
+            highest,
+            credit_bytes,
+            tag_key,
+        })
     }
 
     /// Refuses a stream, by the engine or the shell. `None` when the peer was told before.
@@ -311,7 +385,10 @@ impl Receiver {
             return None;
         }
         self.freed_bytes += stream.refuse();
-        Some(FromReceiver::Refused { stream: Some(id), refusal })
+        Some(FromReceiver::Refused {
+            stream: Some(id),
+            refusal,
+        })
     }
 
     /// Everything of a stream up to `durable` is durable. `None` when the stream is not open.
@@ -327,7 +404,11 @@ impl Receiver {
         }
         self.freed_bytes += stream.settle(durable, credit_bytes);
         let durable = stream.acknowledged;
-        Some(FromReceiver::Acknowledged { stream: id, durable, credit_bytes })
+        Some(FromReceiver::Acknowledged {
+            stream: id,
+            durable,
+            credit_bytes,
+        })
     }
 
     /// These bulk frames of a stream are durable. `None` when the stream is not open.
@@ -337,7 +418,10 @@ impl Receiver {
             return None;
         }
         self.freed_bytes += stream.settle_bulk(&numbers);
-        Some(FromReceiver::BulkAcknowledged { stream: id, numbers })
+        Some(FromReceiver::BulkAcknowledged {
+            stream: id,
+            numbers,
+        })
     }
 
     /// A mark is wanted of a stream. `None` when it is not open.
@@ -348,13 +432,20 @@ impl Receiver {
         kind: MarkRequestKind,
         name: String,
     ) -> Option<FromReceiver> {
-        self.is_open(id).then_some(FromReceiver::PlaceMark { stream: id, request, kind, name })
+        self.is_open(id).then_some(FromReceiver::PlaceMark {
+            stream: id,
+            request,
+            kind,
+            name,
+        })
     }
 
     /// Says whether a stream is open.
     #[must_use]
     pub fn is_open(&self, id: StreamId) -> bool {
-        self.streams.get(&id).is_some_and(|stream| stream.phase == Phase::Open)
+        self.streams
+            .get(&id)
+            .is_some_and(|stream| stream.phase == Phase::Open)
     }
 
     /// LSN of the newest record that was taken of an open stream.
@@ -373,7 +464,10 @@ impl Receiver {
     /// Bytes of frames that were taken and not yet acknowledged, in all streams.
     #[must_use]
     pub fn outstanding_bytes(&self) -> u64 {
-        self.streams.values().map(|stream| stream.outstanding_bytes).sum()
+        self.streams
+            .values()
+            .map(|stream| stream.outstanding_bytes)
+            .sum()
     }
 
     /// Bytes of frames that are no longer outstanding since this was last asked.
@@ -420,7 +514,10 @@ fn check_name(name: &str) -> Result<(), Refusal> {
     Err(Refusal {
         code: RefusalCode::Name,
         class: ErrorClass::Refused,
-        message: format!("the name {:?} is not acceptable", name.chars().take(64).collect::<String>()),
+        message: format!(
+            "the name {:?} is not acceptable",
+            name.chars().take(64).collect::<String>()
+        ),
         hint: format!(
             "use 1 to {NAME_BYTES_MAX} bytes without slash, @ and control characters, and no dot \
              in front"

@@ -13,7 +13,9 @@ mod source;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use afterimage_blockdev::{AgentId, DiskId, Epoch, ErrorClass, HistoryId, Lsn, MachineId, Timestamp};
+use afterimage_blockdev::{
+    AgentId, DiskId, Epoch, ErrorClass, HistoryId, Lsn, MachineId, Timestamp,
+};
 
 use crate::message::{
     DiskDescription, ForkPoint, FromReceiver, FromSender, MarkRequestKind, PROTOCOL_VERSION,
@@ -224,8 +226,10 @@ impl Sender {
     /// Says whether the receiver owes an answer. What it has paused it does not owe.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
-        let is_owed = matches!(self.phase, Phase::Greeting | Phase::Opening | Phase::Declaring)
-            || !self.unanswered.is_empty()
+        let is_owed = matches!(
+            self.phase,
+            Phase::Greeting | Phase::Opening | Phase::Declaring
+        ) || !self.unanswered.is_empty()
             || !self.frames.is_empty()
             || !self.bulk.is_empty();
         is_owed && !self.is_paused
@@ -248,7 +252,10 @@ impl Sender {
 
     fn push_declare(&mut self, description: DiskDescription) {
         self.unanswered.push(description.disk);
-        self.control.push_back(FromSender::Declare { stream: self.stream, description });
+        self.control.push_back(FromSender::Declare {
+            stream: self.stream,
+            description,
+        });
     }
 
     /// Sets the report that goes out next. An unsent older one is replaced.
@@ -259,7 +266,9 @@ impl Sender {
     /// Ends the stream in order, after what was given out so far.
     pub fn close(&mut self) {
         if self.phase == Phase::Streaming {
-            self.control.push_back(FromSender::Close { stream: self.stream });
+            self.control.push_back(FromSender::Close {
+                stream: self.stream,
+            });
         }
         self.phase = Phase::Over;
     }
@@ -273,31 +282,69 @@ impl Sender {
             (Phase::Greeting, FromReceiver::Welcome { version, time, .. }) => {
                 self.welcome(version, time)
             }
-            (Phase::Opening, FromReceiver::Opened { durable, highest, credit_bytes, tag_key, .. }) => {
-                Ok(self.opened(durable, highest, credit_bytes, tag_key))
-            }
+            (
+                Phase::Opening,
+                FromReceiver::Opened {
+                    durable,
+                    highest,
+                    credit_bytes,
+                    tag_key,
+                    ..
+                },
+            ) => Ok(self.opened(durable, highest, credit_bytes, tag_key)),
             (
                 Phase::Declaring | Phase::Streaming,
-                FromReceiver::Disk { disk, key, secret, has_copy, is_in_batch, bulk_done, .. },
+                FromReceiver::Disk {
+                    disk,
+                    key,
+                    secret,
+                    has_copy,
+                    is_in_batch,
+                    bulk_done,
+                    ..
+                },
             ) => {
-                let answer = DiskAnswer { disk, key, secret, has_copy, is_in_batch, bulk_done };
+                let answer = DiskAnswer {
+                    disk,
+                    key,
+                    secret,
+                    has_copy,
+                    is_in_batch,
+                    bulk_done,
+                };
                 Ok(self.disk(answer))
             }
             (
                 Phase::Declaring | Phase::Streaming | Phase::Over,
-                FromReceiver::Acknowledged { durable, credit_bytes, .. },
+                FromReceiver::Acknowledged {
+                    durable,
+                    credit_bytes,
+                    ..
+                },
             ) => self.acknowledge(durable, credit_bytes),
             (Phase::Streaming | Phase::Over, FromReceiver::BulkAcknowledged { numbers, .. }) => {
                 self.acknowledge_bulk(&numbers);
                 Ok(vec![SenderEvent::BulkAcknowledged { numbers }])
             }
-            (Phase::Streaming | Phase::Over, FromReceiver::Differences { number, differs, .. }) => {
-                Ok(vec![SenderEvent::Differences { number, differs }])
-            }
+            (
+                Phase::Streaming | Phase::Over,
+                FromReceiver::Differences {
+                    number, differs, ..
+                },
+            ) => Ok(vec![SenderEvent::Differences { number, differs }]),
             (
                 Phase::Declaring | Phase::Streaming,
-                FromReceiver::PlaceMark { request, kind, name, .. },
-            ) => Ok(vec![SenderEvent::MarkWanted { request, kind, name }]),
+                FromReceiver::PlaceMark {
+                    request,
+                    kind,
+                    name,
+                    ..
+                },
+            ) => Ok(vec![SenderEvent::MarkWanted {
+                request,
+                kind,
+                name,
+            }]),
             (_, FromReceiver::Paused { refusal }) => {
                 self.is_paused = true;
                 Ok(vec![SenderEvent::Paused(refusal)])
@@ -307,14 +354,19 @@ impl Sender {
                 self.control.clear();
                 Ok(vec![SenderEvent::Refused(refusal)])
             }
-            (_, message) => Err(SenderError::Unexpected { message: name(&message) }),
+            (_, message) => Err(SenderError::Unexpected {
+                message: name(&message),
+            }),
         }
     }
 
     fn welcome(&mut self, version: u16, time: Timestamp) -> Result<Vec<SenderEvent>, SenderError> {
         if version != PROTOCOL_VERSION {
             self.phase = Phase::Over;
-            return Err(SenderError::Version { found: version, supported: PROTOCOL_VERSION });
+            return Err(SenderError::Version {
+                found: version,
+                supported: PROTOCOL_VERSION,
+            });
         }
         self.phase = Phase::Opening;
         self.control.push_back(FromSender::Open {
@@ -343,7 +395,11 @@ impl Sender {
         for description in self.disks.clone() {
             self.push_declare(description);
         }
-        let mut events = vec![SenderEvent::Opened { durable, highest, tag_key }];
+        let mut events = vec![SenderEvent::Opened {
+            durable,
+            highest,
+            tag_key,
+        }];
         events.extend(self.begin_streaming());
         events
     }
@@ -371,7 +427,10 @@ impl Sender {
         credit_bytes: u64,
     ) -> Result<Vec<SenderEvent>, SenderError> {
         if durable > self.sent {
-            return Err(SenderError::AcknowledgedUnsent { durable, sent: self.sent });
+            return Err(SenderError::AcknowledgedUnsent {
+                durable,
+                sent: self.sent,
+            });
         }
         self.credit_bytes = credit_bytes;
         self.is_paused = false;
@@ -383,7 +442,9 @@ impl Sender {
             self.frame_bytes -= bytes;
         }
         self.acknowledged = self.acknowledged.max(durable);
-        Ok(vec![SenderEvent::Acknowledged { durable: self.acknowledged }])
+        Ok(vec![SenderEvent::Acknowledged {
+            durable: self.acknowledged,
+        }])
     }
 
     fn acknowledge_bulk(&mut self, numbers: &[u64]) {
@@ -401,7 +462,10 @@ impl Sender {
             return None;
         }
         if let Some(report) = self.report.take() {
-            return Some(Outgoing::Message(FromSender::Report { stream: self.stream, report }));
+            return Some(Outgoing::Message(FromSender::Report {
+                stream: self.stream,
+                report,
+            }));
         }
         if let Some(question) = source.next_question(self.asked) {
             self.asked = question.number;
@@ -420,7 +484,9 @@ impl Sender {
     }
 
     fn next_data<S: RecordSource>(&mut self, source: &mut S) -> Option<Outgoing<S::Bytes>> {
-        let bulk = source.next_bulk(self.bulk_sent).filter(|bulk| bulk.after <= self.sent);
+        let bulk = source
+            .next_bulk(self.bulk_sent)
+            .filter(|bulk| bulk.after <= self.sent);
         let frame = source.next_frame(self.sent);
         let is_turn_of_bulk = match (&bulk, &frame) {
             (None, _) => false,
@@ -460,8 +526,8 @@ impl Sender {
     fn take_credit(&self, frame: &[u8]) -> Option<u64> {
         let bytes = length(frame);
         let on_the_way = self.frame_bytes + self.bulk_bytes;
-        let is_allowed = self.credit_bytes > 0
-            && (on_the_way == 0 || on_the_way + bytes <= self.credit_bytes);
+        let is_allowed =
+            self.credit_bytes > 0 && (on_the_way == 0 || on_the_way + bytes <= self.credit_bytes);
         is_allowed.then_some(bytes)
     }
 }

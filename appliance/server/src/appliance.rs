@@ -56,12 +56,20 @@ pub(crate) fn api_error(
     message: impl Into<String>,
     hint: impl Into<String>,
 ) -> ApiError {
-    ApiError { class, message: message.into(), hint: hint.into() }
+    ApiError {
+        class,
+        message: message.into(),
+        hint: hint.into(),
+    }
 }
 
 impl From<EngineGone> for ApiError {
     fn from(error: EngineGone) -> Self {
-        api_error(ErrorClass::Retry, error.to_string(), "look into the log of afterimaged")
+        api_error(
+            ErrorClass::Retry,
+            error.to_string(),
+            "look into the log of afterimaged",
+        )
     }
 }
 

@@ -253,7 +253,12 @@ impl Default for Control {
 
 impl Default for Mounts {
     fn default() -> Self {
-        Self { mounts_max: 64, max_background: 512, event_threads: 2, busy_wait_ms: 5_000 }
+        Self {
+            mounts_max: 64,
+            max_background: 512,
+            event_threads: 2,
+            busy_wait_ms: 5_000,
+        }
     }
 }
 
@@ -281,8 +286,10 @@ impl Config {
     }
 
     fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         toml::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source: Box::new(source),
@@ -363,11 +370,17 @@ impl Config {
             ("ingest.connections_max", ingest.connections_max == 0),
             ("ingest.streams_max", ingest.streams_max == 0),
             ("ingest.disks_max", ingest.disks_max == 0),
-            ("ingest.handshake_timeout_ms", ingest.handshake_timeout_ms == 0),
+            (
+                "ingest.handshake_timeout_ms",
+                ingest.handshake_timeout_ms == 0,
+            ),
             ("ingest.message_timeout_ms", ingest.message_timeout_ms == 0),
             ("ingest.idle_timeout_ms", ingest.idle_timeout_ms == 0),
             ("control.connections_max", control.connections_max == 0),
-            ("control.handshake_timeout_ms", control.handshake_timeout_ms == 0),
+            (
+                "control.handshake_timeout_ms",
+                control.handshake_timeout_ms == 0,
+            ),
             ("control.body_bytes_max", control.body_bytes_max == 0),
             ("control.events_max", control.events_max == 0),
             ("store.run_flush_entries", self.store.run_flush_entries == 0),
@@ -379,9 +392,11 @@ impl Config {
         ];
         match settings.into_iter().find(|(_, is_zero)| *is_zero) {
             None => Ok(()),
-            Some((name, _)) => {
-                Err(ConfigError::Range { name, value: "0".to_owned(), rule: "at least 1" })
-            }
+            Some((name, _)) => Err(ConfigError::Range {
+                name,
+                value: "0".to_owned(),
+                rule: "at least 1",
+            }),
         }
     }
 
@@ -412,13 +427,17 @@ impl Config {
     /// The local socket.
     #[must_use]
     pub fn socket_path(&self, data_dir: &Path) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| data_dir.join("control.sock"))
+        self.socket
+            .clone()
+            .unwrap_or_else(|| data_dir.join("control.sock"))
     }
 
     /// The directory of mounts.
     #[must_use]
     pub fn mount_root(&self, data_dir: &Path) -> PathBuf {
-        self.mount_root.clone().unwrap_or_else(|| data_dir.join("mounts"))
+        self.mount_root
+            .clone()
+            .unwrap_or_else(|| data_dir.join("mounts"))
     }
 }
 
@@ -452,9 +471,18 @@ mod tests {
         let mut config = Config::default();
         config.store.crash_mark_interval_ms = 999;
         let error = config.check().unwrap_err().to_string();
-        assert!(error.contains("store.crash_mark_interval_ms is 999"), "{error}");
+        assert!(
+            error.contains("store.crash_mark_interval_ms is 999"),
+            "{error}"
+        );
         let mut config = Config::default();
         config.ingest.streams_max = 0;
-        assert!(config.check().unwrap_err().to_string().contains("ingest.streams_max"));
+        assert!(
+            config
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("ingest.streams_max")
+        );
     }
 }

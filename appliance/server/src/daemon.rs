@@ -47,6 +47,9 @@ pub fn run(
     start_engine: impl FnOnce(&Path, &Config) -> Result<StartedEngine, ApiError>,
 ) -> Result<(), StartError> {
     check_machine()?;
+    // The kernel is told paths below it, and must find them from wherever it stands.
+    let absolute = std::path::absolute(data_dir);
+    let data_dir = &*absolute.map_err(|error| StartError::file("finding", data_dir, error))?;
     let lock = lock(data_dir)?;
     // Before any thread starts: threads inherit it.
     if let Err(error) = afterimage_export::set_io_flusher() {
@@ -85,8 +88,13 @@ fn check_machine() -> Result<(), StartError> {
     if metadata.uid() != 0 {
         return Err(StartError::NotRoot);
     }
-    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
-    opened.map(|_| ()).map_err(|source| StartError::NoFuse { source })
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse");
+    opened
+        .map(|_| ())
+        .map_err(|source| StartError::NoFuse { source })
 }
 
 fn lock(data_dir: &Path) -> Result<DirectoryLock, StartError> {
@@ -103,7 +111,10 @@ fn lock(data_dir: &Path) -> Result<DirectoryLock, StartError> {
                 "" => String::new(),
                 process => format!(" (process {process})"),
             };
-            Err(StartError::Running { path: data_dir.to_owned(), holder })
+            Err(StartError::Running {
+                path: data_dir.to_owned(),
+                holder,
+            })
         }
         Err(error) => Err(StartError::file("locking", data_dir, error)),
     }
@@ -164,7 +175,9 @@ impl Parts {
             _ = interrupt.recv() => Ok(()),
             _ = engine_ended => Err(StartError::EngineEnded),
         };
-        appliance.events.note("stopped", "the appliance goes down".to_owned());
+        appliance
+            .events
+            .note("stopped", "the appliance goes down".to_owned());
         stop.send_replace(true);
         let all = async { while services.join_next().await.is_some() {} };
         if timeout(GOODBYE, all).await.is_err() {
@@ -172,7 +185,10 @@ impl Parts {
             services.abort_all();
         }
         let mounts = Arc::clone(&appliance.mounts);
-        if tokio::task::spawn_blocking(move || mounts.stop()).await.is_err() {
+        if tokio::task::spawn_blocking(move || mounts.stop())
+            .await
+            .is_err()
+        {
             tracing::error!("ending the mounts failed");
         }
         if let Err(error) = std::fs::remove_file(&socket) {
@@ -200,7 +216,12 @@ impl Parts {
         }
         let local = UnixListener::bind(&socket).map_err(wrong)?;
         std::fs::set_permissions(&socket, Permissions::from_mode(0o600)).map_err(wrong)?;
-        Ok(Listeners { data, control, local, socket })
+        Ok(Listeners {
+            data,
+            control,
+            local,
+            socket,
+        })
     }
 
     async fn start(
@@ -208,7 +229,15 @@ impl Parts {
         listeners: Listeners,
         stopping: watch::Receiver<bool>,
     ) -> Result<(Arc<Appliance>, JoinSet<()>), StartError> {
-        let Self { data_dir, config, clock, entropy, authority, catalogue, engine } = self;
+        let Self {
+            data_dir,
+            config,
+            clock,
+            entropy,
+            authority,
+            catalogue,
+            engine,
+        } = self;
         let identity = Arc::new(ServerIdentity::new(
             Arc::clone(&authority),
             server_names(&config),
@@ -219,7 +248,10 @@ impl Parts {
         let data_tls = server_config(&authority, Arc::clone(&identity), ClientAuth::Required)?;
         let control_tls = server_config(&authority, identity, ClientAuth::Optional)?;
         let port = |listener: &TcpListener| {
-            listener.local_addr().map(|address| address.port()).map_err(StartError::Runtime)
+            listener
+                .local_addr()
+                .map(|address| address.port())
+                .map_err(StartError::Runtime)
         };
         let (data_port, control_port) = (port(&listeners.data)?, port(&listeners.control)?);
         let mounts = start_mounts(&data_dir, &config, &engine, &clock).await?;
@@ -241,7 +273,12 @@ impl Parts {
         let router = control::router(Arc::clone(&appliance));
         let mut services = JoinSet::new();
         let ingest = Ingest::new(Arc::clone(&appliance));
-        services.spawn(ingest::serve(ingest, listeners.data, data_tls, stopping.clone()));
+        services.spawn(ingest::serve(
+            ingest,
+            listeners.data,
+            data_tls,
+            stopping.clone(),
+        ));
         let local = control::serve_local(
             Arc::clone(&appliance),
             router.clone(),
@@ -267,8 +304,10 @@ async fn start_mounts(
     engine: &EngineHandle,
     clock: &Arc<dyn Clock>,
 ) -> Result<Mounts, StartError> {
-    let places =
-        MountPlaces { root: config.mount_root(data_dir), overlays: data_dir.join("overlays") };
+    let places = MountPlaces {
+        root: config.mount_root(data_dir),
+        overlays: data_dir.join("overlays"),
+    };
     let (engine, clock) = (engine.clone(), Arc::clone(clock));
     let (settings, backend) = (config.mounts.clone(), config.store.backend.into());
     let started = tokio::task::spawn_blocking(move || {
@@ -292,7 +331,10 @@ fn server_names(config: &Config) -> Vec<String> {
     if let Ok(host) = std::fs::read_to_string("/proc/sys/kernel/hostname") {
         let host = host.trim();
         // A host name with other characters is no name that a certificate can carry.
-        if !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b))
+        if !host.is_empty()
+            && host
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b))
         {
             names.push(host.to_owned());
         }

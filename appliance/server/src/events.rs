@@ -30,8 +30,9 @@ impl EventLog {
         let (notes, mut waiting) = mpsc::channel::<Note>(WAITING_MAX);
         tokio::spawn(async move {
             while let Some(Note { time, kind, text }) = waiting.recv().await {
-                let written =
-                    catalogue.run(move |catalogue| catalogue.add_event(time, kind, &text)).await;
+                let written = catalogue
+                    .run(move |catalogue| catalogue.add_event(time, kind, &text))
+                    .await;
                 if let Err(error) = written {
                     tracing::error!(%error, "an event is not kept");
                 }
@@ -43,7 +44,11 @@ impl EventLog {
     /// Notes and logs an event of a class. When too many wait it is only logged.
     pub fn note(&self, kind: &'static str, text: String) {
         tracing::info!(kind, "{text}");
-        let note = Note { time: self.clock.wall(), kind, text };
+        let note = Note {
+            time: self.clock.wall(),
+            kind,
+            text,
+        };
         if self.notes.try_send(note).is_err() {
             tracing::warn!(kind, "too many events at once; this one is not kept");
         }

@@ -79,7 +79,11 @@ pub enum StartError {
 
 impl StartError {
     pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File { operation, path: path.to_owned(), source }
+        Self::File {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
     }
 
     /// The documented exit code.

@@ -35,7 +35,9 @@ pub fn server_config(
         ClientAuth::Required => verifier,
         ClientAuth::Optional => verifier.allow_unauthenticated(),
     };
-    let verifier = verifier.build().map_err(|error| rustls::Error::General(error.to_string()))?;
+    let verifier = verifier
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
@@ -56,7 +58,9 @@ pub fn peer(connection: &rustls::ServerConnection) -> Option<PeerCertificate> {
 /// Says whether a failed handshake was for a certificate that has expired.
 #[must_use]
 pub fn is_expired(error: &std::io::Error) -> bool {
-    let source = error.get_ref().and_then(|source| source.downcast_ref::<rustls::Error>());
+    let source = error
+        .get_ref()
+        .and_then(|source| source.downcast_ref::<rustls::Error>());
     matches!(
         source,
         Some(rustls::Error::InvalidCertificate(

@@ -101,6 +101,8 @@ pub enum BlockOutcome {
     Data(IoBuffer),
     /// Of `Extents`: adjoining ranges that cover what was asked, in order.
     Extents(Vec<Extent>),
+    /// Of `Write`, by a device that gives buffers back: the buffer, unchanged.
+    Written(IoBuffer),
     /// Of all others.
     Done,
 }
@@ -200,6 +202,11 @@ pub trait BlockCompleter: Send + Sync {
 pub trait BlockDevice: Send + Sync {
     /// The present size and manners.
     fn geometry(&self) -> Geometry;
+
+    /// Says whether a successful `Write` gives its buffer back, as [`BlockOutcome::Written`].
+    fn gives_buffers_back(&self) -> bool {
+        false
+    }
 
     /// Starts a request. Its completion goes to `to`, exactly once, in any order with others.
     fn submit(&self, token: Token, op: BlockOp, to: Arc<dyn BlockCompleter>);

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::bytes::wide;
 use crate::segment::{
-    COMMIT_HEADER_BYTES, CommitHeader, Directory, Footer, SECTOR, SegmentHeader, SegmentIdentity, build_commit,
+    COMMIT_HEADER_BYTES, CommitHeader, Directory, Footer, SECTOR, SegmentHeader, SegmentIdentity,
+    build_commit,
 };
 
 /// A full segment on its way to its directory.
@@ -325,6 +326,7 @@ impl Log {
             self.seal_next(out);
         }
         self.drop_leftovers(out);
+        self.release(out);
         if self.is_paused && !self.waits_for_room() && self.active.is_some() {
             self.is_paused = false;
             out.push(LogOutput::Resumed);

@@ -9,7 +9,9 @@
 //! * At most `commits_in_flight_max` commits are being written; a sync covers only writes that
 //!   completed before it was submitted.
 //! * A commit never follows one of another file that is not durable yet.
-//! * A failed sync or write ends the log: nothing is acknowledged afterwards.
+//! * A failed sync or write ends the log: nothing is acknowledged afterwards. A write that fails for
+//!   want of room is tried again instead.
+//! * Segments go from the oldest on, each durably before the next, and the sequence never falls.
 //! * An idle commit follows the last data within `idle_commit`, so that damage below it is told
 //!   from a torn tail.
 
@@ -23,8 +25,9 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use afterimage_blockdev::{
-    Capacity, DiskId, FileId, FileName, HistoryId, Lsn, Monotonic, SegmentId, SlotIndex, StorageCompletion, StorageError,
-    StorageOp, StorageOutcome, StoreId, Timestamp, Token,
+    Capacity, DiskId, FileId, FileName, HistoryId, Lsn, Monotonic, SegmentId, SlotIndex,
+    StorageCompletion, StorageError, StorageErrorKind, StorageOp, StorageOutcome, StoreId,
+    Timestamp, Token,
 };
 
 use crate::error::{CacheError, Damage};
@@ -112,7 +115,8 @@ pub enum LogInput {
     Storage(StorageCompletion),
     /// Time has passed.
     Tick,
-    /// Segments whose commits all lie at or below this sequence are no longer needed.
+    /// Segments whose commits all lie at or below this sequence are no longer needed. They go one by
+    /// one, from the oldest on; the last of all stays until a later commit is durable.
     Release {
         /// That sequence.
         through_sequence: u64,
@@ -265,9 +269,18 @@ enum Pending {
     Recover,
     Prepare,
     Header,
-    Commit { sequence: u64 },
-    Sync { through: u64 },
+    Commit {
+        sequence: u64,
+    },
+    Sync {
+        through: u64,
+    },
     Seal(SealStep),
+    /// Of a segment that was released.
+    Remove,
+    /// Of the directory it was removed from.
+    Removed,
+    /// Nothing depends on it.
     Release,
 }
 
@@ -325,6 +338,7 @@ pub struct Log {
     retries_header: bool,
     retry_at: Monotonic,
     released_through: u64,
+    removing: Option<OldSegment>,
     closes_when_ready: bool,
     spare_buffers: Vec<afterimage_blockdev::IoBuffer>,
     wall: Timestamp,
@@ -362,6 +376,7 @@ impl Log {
             retries_header: false,
             retry_at: Monotonic(0),
             released_through: 0,
+            removing: None,
             closes_when_ready: false,
             spare_buffers: Vec::new(),
             wall: Timestamp(0),
@@ -386,6 +401,18 @@ impl Log {
         self.old.iter().map(|old| old.bytes).sum::<u64>()
             + sealing
             + live * self.options.segment_bytes
+    }
+
+    /// The segments that hold commits, oldest first.
+    #[must_use]
+    pub fn segments(&self) -> Vec<SegmentId> {
+        let old = self.old.iter().map(|old| old.id);
+        let sealing = self.sealing.iter().map(|sealing| sealing.identity.segment);
+        let active = self.active.iter().map(|active| active.identity.segment);
+        let mut all: Vec<_> = old.chain(sealing).chain(active).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// Highest sequence that is durable.
@@ -465,9 +492,9 @@ impl Log {
         match pending {
             Pending::Recover => self.recover_step(completion.result, out),
             Pending::Prepare => self.prepare_step(completion.result, out),
-            Pending::Release => {
-                // A file that could not be removed now is found and listed again at start.
-            }
+            Pending::Remove => self.removed(completion.result, out),
+            Pending::Removed => self.removal_synced(completion.result.is_ok(), out),
+            Pending::Release => {}
             Pending::Header => match completion.result {
                 Ok(_) => self.header_written(),
                 Err(error) if error.is_no_space() => {
@@ -492,23 +519,54 @@ impl Log {
         self.close_if_done(out);
     }
 
+    /// Gives released segments away, oldest first. Each is durably gone before the next one goes,
+    /// so that a crash never leaves a gap that would look like a loss.
     fn release(&mut self, out: &mut Vec<LogOutput>) {
         while let Some(old) = self.old.front().copied() {
             let is_sealing = |sealing: &commit::Sealing| sealing.identity.segment == old.id;
             let is_needed = self.released_through == 0 || old.last_sequence > self.released_through;
-            if is_needed || self.sealing.iter().any(is_sealing) {
+            // The last file that knows the sequence stays until a later commit is durable.
+            let is_last = self.old.len() == 1 && self.durable_through <= old.last_sequence;
+            let must_wait = is_last || self.removing.is_some() || self.prepare.is_recycling();
+            if is_needed || must_wait || self.sealing.iter().any(is_sealing) {
                 break;
             }
             self.old.pop_front();
             self.unsealed.retain(|unsealed| !is_sealing(unsealed));
-            let name = self.file_name(old.id);
             if self.options.recycles && self.prepare.can_recycle() && !self.options.seals {
                 self.recycle(old, out);
             } else {
-                self.submit(Pending::Release, StorageOp::Remove { name }, out);
+                let name = self.file_name(old.id);
+                self.removing = Some(old);
+                self.submit(Pending::Remove, StorageOp::Remove { name }, out);
             }
+        }
+    }
+
+    fn removed(&mut self, result: StorageResult, out: &mut Vec<LogOutput>) {
+        let is_gone = match result {
+            Ok(_) => true,
+            Err(error) => matches!(error.kind, StorageErrorKind::NotFound),
+        };
+        if is_gone {
+            let op = self.directory_op();
+            self.submit(Pending::Removed, op, out);
+        } else {
+            self.removal_synced(false, out);
+        }
+    }
+
+    /// A removal that failed is tried again with the next release; nothing behind it goes before.
+    fn removal_synced(&mut self, is_gone: bool, out: &mut Vec<LogOutput>) {
+        let Some(old) = self.removing.take() else {
+            return;
+        };
+        if is_gone {
             out.push(LogOutput::Released { segment: old.id });
             self.prepare.try_again();
+            self.release(out);
+        } else {
+            self.old.push_front(old);
         }
     }
 

@@ -20,6 +20,7 @@ pub(super) struct Prepare {
     retry_at: Monotonic,
     /// Why there was no room when it was last tried: the budget, else the medium.
     no_room: Option<bool>,
+    is_recycling: bool,
     buffers: Vec<IoBuffer>,
 }
 
@@ -41,6 +42,11 @@ enum Step {
 impl Prepare {
     pub(super) fn is_begun(&self) -> u64 {
         u64::from(!matches!(self.step, Step::Idle | Step::Capacity))
+    }
+
+    /// Says whether the new name of a used file is not durable yet.
+    pub(super) fn is_recycling(&self) -> bool {
+        self.is_recycling
     }
 
     pub(super) fn can_recycle(&self) -> bool {
@@ -65,7 +71,10 @@ impl Prepare {
 
     /// Gives up what is being prepared; the file is left for the next start.
     pub(super) fn abandon(&mut self) -> Option<FileId> {
-        let is_open = matches!(self.step, Step::Zero | Step::Sync | Step::SyncDirectory | Step::Ready);
+        let is_open = matches!(
+            self.step,
+            Step::Zero | Step::Sync | Step::SyncDirectory | Step::Ready
+        );
         self.step = Step::Idle;
         self.file.take().map(|(_, file)| file).filter(|_| is_open)
     }
@@ -108,7 +117,9 @@ impl Log {
         let id = self.take_segment_id();
         self.prepare.generation = old.generation + 1;
         self.prepare.step = Step::Rename;
+        self.prepare.is_recycling = true;
         self.prepare.file = Some((id, FileId(0)));
+        out.push(LogOutput::Released { segment: old.id });
         let (from, to) = (self.file_name(old.id), self.file_name(id));
         self.submit(Pending::Prepare, StorageOp::Rename { from, to }, out);
     }
@@ -200,10 +211,12 @@ impl Log {
             Step::SyncDirectory => {
                 self.prepare.step = Step::Ready;
                 self.prepare.no_room = None;
+                self.prepare.is_recycling = false;
                 if self.is_paused && !self.waits_for_room() {
                     self.is_paused = false;
                     out.push(LogOutput::Resumed);
                 }
+                self.release(out);
             }
             Step::Remove => {
                 if self.prepare.zeroes_in_flight > 0 {
@@ -288,6 +301,7 @@ impl Log {
             _ => {}
         }
         self.prepare.step = Step::Remove;
+        self.prepare.is_recycling = false;
         self.finish_removal(out);
     }
 

@@ -233,7 +233,9 @@ pub fn rebuild_directory(bytes: &[u8], store: StoreId, segment: SegmentId) -> Di
         let Ok(commit) = item else { continue };
         let mut slot = commit.header.first_slot;
         for at in commit.frames {
-            let Some(frame) = scan.frame(at) else { continue };
+            let Some(frame) = scan.frame(at) else {
+                continue;
+            };
             directory.note_frame(slot, at, &frame);
             slot = slot.saturating_add(frame.header.slot_count);
         }

@@ -3,15 +3,17 @@
 use afterimage_blockdev::{
     CELL_BLOCKS, CellIndex, DiskId, HistoryId, Lsn, SegmentId, SlotIndex, Token,
 };
-use afterimage_cache::log::FrameLocation;
+use afterimage_cache::log::{FrameLocation, SalvagedRecord};
 use afterimage_cache::record::{RecordBody, cells};
-use afterimage_cache::{BatchKind, Frame, MarkKind, RecordHeader, RecordKind, RecordView};
+use afterimage_cache::{
+    BatchKind, Frame, FrameHeader, FrameIdentity, FrameView, MarkKind, RecordHeader, RecordKind,
+    RecordView,
+};
 
 use super::state::{DiskMap, Hole};
 use super::{Engine, Event, Output};
 use crate::entry::{Entry, EntryKind, RangeEntry};
 use crate::manifest::BatchRecord;
-use crate::run::TimeSample;
 
 /// A mark that became durable.
 pub(super) struct FoundMark {
@@ -23,26 +25,158 @@ pub(super) struct FoundMark {
     pub(super) name: String,
 }
 
+/// Where the records of a frame lie, and whose they are.
+struct Source<'a> {
+    location: &'a FrameLocation,
+    identity: FrameIdentity,
+    /// Highest LSN of the frame.
+    last: Lsn,
+    /// The segment was begun since the start, so its directory is kept in memory.
+    is_live: bool,
+}
+
+/// A record of a frame: where it begins, and the number of its first slot.
+type Placed<'a> = (usize, u32, RecordView<'a>);
+
+/// The records of a frame that is whole.
+fn placed<'a>(first_slot: u32, view: &FrameView<'a>) -> impl Iterator<Item = Placed<'a>> + use<'a> {
+    let mut slot = first_slot;
+    // The frame was verified when it was accepted or recovered.
+    view.records()
+        .map_while(Result::ok)
+        .map(move |(range, record)| {
+            let first = slot;
+            slot += u32::from(record.slot_count);
+            (range.start, first, record)
+        })
+}
+
 impl Engine {
     /// A frame found in the log at start.
     pub(super) fn recovered_frame(&mut self, location: &FrameLocation, frame: &Frame) {
-        let header = frame.header;
-        let Some(entry) = self.histories.get_mut(&header.identity.history) else {
-            // Its history was dropped.
+        let FrameHeader {
+            identity,
+            first,
+            last,
+            ..
+        } = frame.header;
+        let starts_epoch = super::ingest::starts_epoch(frame);
+        if !self.follows(identity, first, last, starts_epoch) {
+            return;
+        }
+        let source = Source {
+            location,
+            identity,
+            last,
+            is_live: false,
+        };
+        let _marks = self.apply(&source, placed(location.first_slot, &frame.view()));
+    }
+
+    /// A frame found in the log at start, of which only some records are whole.
+    pub(super) fn salvaged_frame(
+        &mut self,
+        location: &FrameLocation,
+        identity: FrameIdentity,
+        bytes: &[u8],
+        intact: &[SalvagedRecord],
+        lost: &[Lsn],
+    ) {
+        let parse = |found: &SalvagedRecord| {
+            let (record, _) = RecordView::parse(bytes.get(found.range.clone())?).ok()?;
+            Some((found.range.start, found.first_slot, record))
+        };
+        let records: Vec<Placed<'_>> = intact.iter().filter_map(parse).collect();
+        let lsns = || {
+            records
+                .iter()
+                .map(|(_, _, record)| record.header.lsn)
+                .chain(lost.iter().copied())
+        };
+        let (Some(first), Some(last)) = (lsns().min(), lsns().max()) else {
             return;
         };
-        let expected = entry.received.next();
-        if header.last <= entry.received && entry.received_epoch.0 != 0 {
+        let starts_epoch = records
+            .first()
+            .is_some_and(|(_, _, record)| record.header.kind == RecordKind::EpochStart);
+        self.note_damage(format!(
+            "log segment {} at {}: records {} of history {} are damaged",
+            location.segment,
+            location.offset,
+            lost.iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(", "),
+            identity.history
+        ));
+        if !self.follows(identity, first, last, starts_epoch) {
             return;
         }
-        if header.first > expected && !super::ingest::starts_epoch(frame) {
-            let undecided = entry.disks.keys().copied().collect();
-            let last = Lsn(header.first.0 - 1);
-            entry.holes.push(Hole { first: expected, last, undecided });
+        for lsn in lost {
+            self.note_hole(identity.history, *lsn, *lsn);
         }
-        entry.received = header.last;
-        entry.received_epoch = header.identity.epoch;
-        let _marks = self.apply(location, frame);
+        let source = Source {
+            location,
+            identity,
+            last,
+            is_live: false,
+        };
+        let _marks = self.apply(&source, records.into_iter());
+    }
+
+    /// Says whether a frame found at start is new, and notes what is missing before it.
+    fn follows(
+        &mut self,
+        identity: FrameIdentity,
+        first: Lsn,
+        last: Lsn,
+        starts_epoch: bool,
+    ) -> bool {
+        // Otherwise its history was dropped.
+        let Some(entry) = self.histories.get_mut(&identity.history) else {
+            return false;
+        };
+        if last <= entry.received && entry.received_epoch.0 != 0 {
+            return false;
+        }
+        let expected = entry.received.next();
+        entry.received = last;
+        entry.received_epoch = identity.epoch;
+        if first > expected && !starts_epoch {
+            self.note_hole(identity.history, expected, Lsn(first.0 - 1));
+        }
+        true
+    }
+
+    /// Commits of the log are lost. A history in which something follows shows by its LSNs what it
+    /// lost; of the others nobody knows.
+    pub(super) fn commits_lost(&mut self) {
+        for entry in self.histories.values_mut() {
+            entry.has_lost_tail = true;
+        }
+    }
+
+    /// A slot is damaged on the medium. Reading it says so; nothing else is hurt.
+    pub(super) fn slot_damaged(&mut self, location: &FrameLocation, disk: DiskId, lsn: Lsn) {
+        let segment = location.segment;
+        self.note_damage(format!(
+            "log segment {segment} at {}: a block of disk {disk}, written at LSN {lsn}, is damaged",
+            location.offset
+        ));
+    }
+
+    fn note_hole(&mut self, history: HistoryId, first: Lsn, last: Lsn) {
+        let Some(entry) = self.histories.get_mut(&history) else {
+            return;
+        };
+        let of_machine = self.machines.get(&entry.machine).map(|state| &state.disks);
+        let known = of_machine.into_iter().flatten().chain(entry.disks.keys());
+        let undecided = known.copied().collect();
+        entry.holes.push(Hole {
+            first,
+            last,
+            undecided,
+        });
     }
 
     /// A frame that the log made durable.
@@ -53,122 +187,100 @@ impl Engine {
         frame: &Frame,
         out: &mut Vec<Output>,
     ) {
-        let marks = self.apply(location, frame);
-        if let Some((Some(stream), bytes)) = self.appended.remove(&token) {
-            if let Some(open) = self.streams.get_mut(&stream) {
+        let FrameHeader { identity, last, .. } = frame.header;
+        let source = Source {
+            location,
+            identity,
+            last,
+            is_live: true,
+        };
+        let marks = self.apply(&source, placed(location.first_slot, &frame.view()));
+        if let Some((from, bytes)) = self.appended.remove(&token) {
+            if let Some(open) = self.streams.get_mut(&from) {
                 open.queued_bytes = open.queued_bytes.saturating_sub(bytes);
-                let queued_bytes = open.queued_bytes;
-                let durable = frame.header.last;
-                out.push(Output::Event(Event::Durable { stream, durable, queued_bytes }));
             }
+        }
+        // The stream that sent it may be over, and another one be open in its place.
+        let entry = self.histories.get(&identity.history);
+        if let Some(stream) = entry.and_then(|entry| entry.stream) {
+            let queued_bytes = self
+                .streams
+                .get(&stream)
+                .map_or(0, |open| open.queued_bytes);
+            out.push(Output::Event(Event::Durable {
+                stream,
+                durable: last,
+                queued_bytes,
+            }));
         }
         for mark in marks {
             self.mark_is_durable(mark, out);
         }
     }
 
-    fn apply(&mut self, location: &FrameLocation, frame: &Frame) -> Vec<FoundMark> {
-        let view = frame.view();
-        let history = view.header.identity.history;
+    fn apply<'a>(
+        &mut self,
+        source: &Source<'_>,
+        records: impl Iterator<Item = Placed<'a>>,
+    ) -> Vec<FoundMark> {
+        let Source {
+            location, identity, ..
+        } = source;
+        let history = identity.history;
         let grain = afterimage_blockdev::clock::nanoseconds(self.options.time_grain);
-        let live = self.reader.as_ref().map(|reader| reader.live_directory(location.segment));
+        let reader = self.reader.as_ref().filter(|_| source.is_live);
+        let live = reader.map(|reader| reader.live_directory(location.segment));
         let mut live = live.as_ref().map(|live| live.write());
-        let Some(entry) = self.histories.get_mut(&history) else { return Vec::new() };
-        entry.epoch = entry.epoch.max(view.header.identity.epoch);
-        entry.origin = view.header.identity.origin;
-        entry.durable = view.header.last;
-        entry.is_dirty = true;
         self.applied_sequence = self.applied_sequence.max(location.sequence);
-        let mut slot = location.first_slot;
+        let Some(entry) = self.histories.get_mut(&history) else {
+            return Vec::new();
+        };
+        let before = entry.durable;
+        entry.durable_to(*identity, source.last);
         let mut marks = Vec::new();
         let mut added = 0;
-        for item in view.records() {
-            // The frame was verified when it was accepted or recovered.
-            let Ok((range, record)) = item else { break };
+        for (start, slot, record) in records {
             let header = record.header;
-            let is_sampled = entry
-                .open_timeline
-                .last()
-                .or(entry.timeline.last())
-                .is_none_or(|last| header.time.0 >= last.time.0.saturating_add(grain));
-            if is_sampled {
-                entry.open_timeline.push(TimeSample { time: header.time, lsn: header.lsn });
-            }
-            entry.durable_time = entry.durable_time.max(header.time);
+            entry.sample(header.time, header.lsn, grain);
             match header.kind {
                 RecordKind::Mark(kind) => marks.push(mark(history, kind, &record)),
-                RecordKind::BatchBegin(kind) => {
-                    entry.batch_begins(begin(history, kind, &record));
-                }
-                RecordKind::BatchEnd => {
-                    entry.batch_ends(header.batch, header.lsn);
-                }
-                RecordKind::EpochStart => {
-                    // What was not sent of the old epoch is covered by a batch of the new one.
-                    for map in entry.disks.values_mut() {
-                        map.last = None;
-                    }
-                }
+                RecordKind::BatchBegin(kind) => entry.batch_begins(begin(history, kind, &record)),
+                RecordKind::BatchEnd => entry.batch_ends(header.batch, header.lsn),
+                RecordKind::EpochStart => entry.epoch_starts(before, header.lsn),
                 RecordKind::Grow => {
+                    entry.note_link(&header);
                     if let Some(disk) = self.disks.get_mut(&header.disk) {
-                        disk.sizes.retain(|known| (known.0, known.1) != (history, header.lsn));
+                        disk.sizes
+                            .retain(|known| (known.0, known.1) != (history, header.lsn));
                         disk.sizes.push((history, header.lsn, header.length));
                     }
-                    entry.disks.entry(header.disk).or_default().last = Some(header.lsn);
                 }
                 RecordKind::Bulk => {}
-                RecordKind::Write
-                | RecordKind::WriteZeroes
-                | RecordKind::Discard
-                | RecordKind::Unknown => {
-                    let map = entry.disks.entry(header.disk).or_default();
-                    note_link(map, &header, &mut entry.holes, &mut entry.lost);
-                    map.note(header.lsn);
-                    added += if header.kind == RecordKind::Write {
-                        let body = range.start + afterimage_cache::record::RECORD_HEADER_BYTES;
-                        for (place, item) in record.slots(history).enumerate() {
-                            let Ok((at, _, _)) = item else { break };
-                            let number = slot + u32::try_from(place).unwrap_or(0);
-                            if let Some(live) = live.as_deref_mut() {
-                                live.set(number, location.offset + (body + at) as u64);
-                            }
+                RecordKind::Write => {
+                    entry.note_link(&header);
+                    let body = start + afterimage_cache::record::RECORD_HEADER_BYTES;
+                    if let Some(live) = live.as_deref_mut() {
+                        let slots = record.slots(history).map_while(Result::ok);
+                        for (number, (at, _, _)) in (slot..).zip(slots) {
+                            live.set(number, location.offset + (body + at) as u64);
                         }
-                        write(map, &header, location.segment, slot)
-                    } else {
-                        clear(map, &header)
-                    };
+                    }
+                    let map = entry.disks.entry(header.disk).or_default();
+                    map.note(header.lsn);
+                    added += write(map, &header, location.segment, slot);
+                }
+                RecordKind::WriteZeroes | RecordKind::Discard | RecordKind::Unknown => {
+                    entry.note_link(&header);
+                    let map = entry.disks.entry(header.disk).or_default();
+                    map.note(header.lsn);
+                    added += clear(map, &header);
                 }
             }
-            slot += u32::from(record.slot_count);
         }
+        entry.has_lost_tail = false;
         self.open_entries += added;
         marks
     }
-}
-
-/// Checks that a record follows its disk's previous one; decides holes for its disk.
-fn note_link(
-    map: &mut DiskMap,
-    header: &RecordHeader,
-    holes: &mut Vec<Hole>,
-    lost: &mut Vec<(DiskId, Lsn, Lsn)>,
-) {
-    let follows = map.last.is_none_or(|last| last == header.previous || header.previous < last);
-    map.last = Some(header.lsn);
-    if holes.is_empty() && follows {
-        return;
-    }
-    for hole in holes.iter_mut() {
-        let was_undecided = hole.undecided.remove(&header.disk);
-        let is_hurt = header.previous >= hole.first && header.previous <= hole.last;
-        if is_hurt && (was_undecided || !follows) {
-            let loss = (header.disk, hole.first, hole.last);
-            if !lost.contains(&loss) {
-                lost.push(loss);
-            }
-        }
-    }
-    holes.retain(|hole| !hole.undecided.is_empty());
 }
 
 /// Adds the entries of a write; gives back how many.
@@ -226,12 +338,21 @@ fn clear(map: &mut DiskMap, header: &RecordHeader) -> usize {
         piece(map, end_whole * per_cell, tail);
     }
     let count = end_whole - first_whole;
-    map.ranges.push(RangeEntry { first: CellIndex(first_whole), count, lsn: header.lsn, kind });
+    map.ranges.push(RangeEntry {
+        first: CellIndex(first_whole),
+        count,
+        lsn: header.lsn,
+        kind,
+    });
     map.entries.len() - before + 1
 }
 
 fn mark(history: HistoryId, kind: MarkKind, record: &RecordView<'_>) -> FoundMark {
-    let note = if let RecordBody::Note(note) = record.body { note } else { &[] };
+    let note = if let RecordBody::Note(note) = record.body {
+        note
+    } else {
+        &[]
+    };
     FoundMark {
         history,
         kind,
@@ -243,8 +364,17 @@ fn mark(history: HistoryId, kind: MarkKind, record: &RecordView<'_>) -> FoundMar
 }
 
 fn begin(history: HistoryId, kind: BatchKind, record: &RecordView<'_>) -> BatchRecord {
-    let note = if let RecordBody::Note(note) = record.body { note } else { &[] };
-    let disks = note.as_chunks::<16>().0.iter().map(|id| DiskId(*id)).collect();
+    let note = if let RecordBody::Note(note) = record.body {
+        note
+    } else {
+        &[]
+    };
+    let disks = note
+        .as_chunks::<16>()
+        .0
+        .iter()
+        .map(|id| DiskId(*id))
+        .collect();
     BatchRecord {
         history,
         batch: record.header.batch,

@@ -50,7 +50,10 @@ struct BulkSegment {
     /// Kept until it is durable, so that a full medium costs nothing but time.
     frames: Vec<Frame>,
     root: [u8; 32],
+    /// Of the frames.
     bytes: u64,
+    /// Of the finished file.
+    file_bytes: u64,
     is_sealing: bool,
 }
 
@@ -66,6 +69,20 @@ pub(super) struct BulkSegments {
 impl BulkSegments {
     pub(super) fn is_empty(&self) -> bool {
         self.all.is_empty()
+    }
+
+    /// Says whether a segment waits for room on the medium.
+    pub(super) fn waits_for_room(&self) -> bool {
+        self.has_paused
+            && self
+                .all
+                .values()
+                .any(|segment| matches!(segment.step, Step::Retry(_)))
+    }
+
+    /// The first segment that does not count yet.
+    pub(super) fn first(&self) -> Option<SegmentId> {
+        self.all.keys().next().copied()
     }
 
     /// Bytes on their way to the medium.
@@ -84,7 +101,10 @@ impl Engine {
         out: &mut Vec<Output>,
     ) {
         let Some(open) = self.streams.get_mut(&stream) else {
-            out.push(Output::Event(Event::Over { stream, end: StreamEnd::Fenced }));
+            out.push(Output::Event(Event::Over {
+                stream,
+                end: StreamEnd::Fenced,
+            }));
             return;
         };
         let identity = frame.header.identity;
@@ -103,9 +123,15 @@ impl Engine {
             Some(id) => id,
             None => self.begin_bulk_segment(now, out),
         };
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
         add_frame(segment, frame);
-        segment.waiting.push(Waiting { stream, number, bytes });
+        segment.waiting.push(Waiting {
+            stream,
+            number,
+            bytes,
+        });
         segment.bytes += bytes;
         segment.frames.push(frame.clone());
         let last = frame.header.last;
@@ -135,31 +161,56 @@ impl Engine {
             frames: Vec::new(),
             root: [0; 32],
             bytes: 0,
+            file_bytes: 0,
             is_sealing: false,
         };
         self.bulk.all.insert(id, segment);
-        self.submit(Owner::Bulk(id), StorageOp::Create { name: seed_file(id) }, out);
+        self.submit(
+            Owner::Bulk(id),
+            StorageOp::Create {
+                name: seed_file(id),
+            },
+            out,
+        );
         id
     }
 
     /// Hands whole pieces to the storage.
     fn write_bulk(&mut self, id: SegmentId, out: &mut Vec<Output>) {
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
-        if let Some(ready) = segment.builder.as_mut().and_then(SeedSegmentBuilder::take_ready) {
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
+        if let Some(ready) = segment
+            .builder
+            .as_mut()
+            .and_then(SeedSegmentBuilder::take_ready)
+        {
             segment.writes.push(ready);
         }
-        let Some(file) = segment.file.filter(|_| segment.step == Step::Write) else { return };
+        let Some(file) = segment.file.filter(|_| segment.step == Step::Write) else {
+            return;
+        };
         let writes = core::mem::take(&mut segment.writes);
         segment.in_flight += writes.len();
         for (offset, buffer) in writes {
-            self.submit(Owner::Bulk(id), StorageOp::Write { file, offset, buffer }, out);
+            self.submit(
+                Owner::Bulk(id),
+                StorageOp::Write {
+                    file,
+                    offset,
+                    buffer,
+                },
+                out,
+            );
         }
     }
 
     pub(super) fn seal_bulk_when_due(&mut self, at_once: bool, out: &mut Vec<Output>) {
         self.retry_bulk(out);
         let Some(id) = self.bulk.open else { return };
-        let Some(segment) = self.bulk.all.get(&id) else { return };
+        let Some(segment) = self.bulk.all.get(&id) else {
+            return;
+        };
         let due = segment.born.after(self.options.bulk_age);
         let is_alone = self.bulk.all.len() == 1;
         if at_once || (self.now >= due && is_alone) {
@@ -171,10 +222,13 @@ impl Engine {
 
     fn seal_bulk(&mut self, id: SegmentId, out: &mut Vec<Output>) {
         self.bulk.open = None;
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
         if let Some(builder) = segment.builder.take() {
             let (offset, buffer, root) = builder.finish();
             segment.root = root;
+            segment.file_bytes = offset + buffer.len() as u64;
             segment.writes.push((offset, buffer));
             segment.is_sealing = true;
         }
@@ -184,10 +238,17 @@ impl Engine {
     fn retry_bulk(&mut self, out: &mut Vec<Output>) {
         let now = self.now;
         let waits = |segment: &BulkSegment| matches!(segment.step, Step::Retry(at) if at <= now);
-        let due: Vec<_> =
-            self.bulk.all.iter().filter(|(_, s)| waits(s)).map(|(id, _)| *id).collect();
+        let due: Vec<_> = self
+            .bulk
+            .all
+            .iter()
+            .filter(|(_, s)| waits(s))
+            .map(|(id, _)| *id)
+            .collect();
         for old in due {
-            let Some(mut segment) = self.bulk.all.remove(&old) else { continue };
+            let Some(mut segment) = self.bulk.all.remove(&old) else {
+                continue;
+            };
             let id = SegmentId(self.next_segment | SEED_BIT);
             self.next_segment += 1;
             if self.bulk.open == Some(old) {
@@ -199,13 +260,21 @@ impl Engine {
             segment.step = Step::Create;
             segment.writes.clear();
             segment.slots.clear();
+            // What is still under way names the old segment, and is not heard any more.
+            segment.in_flight = 0;
             segment.is_sealing = false;
             for frame in &frames {
                 add_frame(&mut segment, frame);
             }
             segment.frames = frames;
             self.bulk.all.insert(id, segment);
-            self.submit(Owner::Bulk(id), StorageOp::Create { name: seed_file(id) }, out);
+            self.submit(
+                Owner::Bulk(id),
+                StorageOp::Create {
+                    name: seed_file(id),
+                },
+                out,
+            );
             self.seal_bulk(id, out);
         }
     }
@@ -217,7 +286,9 @@ impl Engine {
         out: &mut Vec<Output>,
     ) {
         let retry_at = self.now.after(self.options.retry);
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
         let outcome = match result {
             Ok(outcome) => outcome,
             Err(error) if error.is_no_space() => {
@@ -267,8 +338,13 @@ impl Engine {
             Step::Close => {
                 segment.step = Step::Commit;
                 let slot_count = afterimage_cache::bytes::narrow(segment.slots.len());
-                let (bytes, root) = (segment.bytes, segment.root);
-                let edit = Edit::Segment { segment: id, slot_count, bytes, root };
+                let (bytes, root) = (segment.file_bytes, segment.root);
+                let edit = Edit::Segment {
+                    segment: id,
+                    slot_count,
+                    bytes,
+                    root,
+                };
                 self.commit(vec![edit], AfterCommit::Bulk(id), out);
             }
             Step::Commit | Step::Retry(_) => {}
@@ -277,7 +353,9 @@ impl Engine {
 
     /// Gives the file up; the frames are kept and written again later.
     fn bulk_no_space(&mut self, id: SegmentId, retry_at: Monotonic, out: &mut Vec<Output>) {
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
         let is_first = !matches!(segment.step, Step::Retry(_));
         segment.step = Step::Retry(retry_at);
         segment.writes.clear();
@@ -301,22 +379,39 @@ impl Engine {
 
     /// The manifest names the segment: its blocks count, and are acknowledged.
     pub(super) fn bulk_committed(&mut self, id: SegmentId, out: &mut Vec<Output>) {
-        let Some(segment) = self.bulk.all.remove(&id) else { return };
+        let Some(segment) = self.bulk.all.remove(&id) else {
+            return;
+        };
         let slot_count = afterimage_cache::bytes::narrow(segment.slots.len());
-        let counted = SeedSegment { slot_count, bytes: segment.bytes, root: segment.root };
+        let counted = SeedSegment {
+            slot_count,
+            bytes: segment.file_bytes,
+            root: segment.root,
+        };
         self.seed_segments.insert(id, counted);
         for (slot, context) in (0u32..).zip(&segment.slots) {
-            let Some(entry) = self.histories.get_mut(&context.history) else { continue };
+            let Some(entry) = self.histories.get_mut(&context.history) else {
+                continue;
+            };
+            entry.is_dirty = true;
+            let found = bulk_entry(context, id, slot);
+            let is_copying = entry
+                .copying_since(context.disk)
+                .is_some_and(|lsn| found.lsn >= lsn);
             let map = entry.disks.entry(context.disk).or_default();
-            map.bulk_entries.push(bulk_entry(context, id, slot));
-            map.bulk_cell(context.cell.0);
+            if is_copying {
+                map.bulk_done(&found);
+            }
+            map.bulk_entries.push(found);
             self.open_entries += 1;
         }
         if core::mem::take(&mut self.bulk.has_paused) && self.is_paused.is_none() {
             out.push(Output::Event(Event::Resumed));
         }
         for waiting in segment.waiting {
-            let Some(open) = self.streams.get_mut(&waiting.stream) else { continue };
+            let Some(open) = self.streams.get_mut(&waiting.stream) else {
+                continue;
+            };
             open.queued_bytes = open.queued_bytes.saturating_sub(waiting.bytes);
             out.push(Output::Event(Event::BulkDurable {
                 stream: waiting.stream,
@@ -329,7 +424,9 @@ impl Engine {
 
 /// Adds the slots of a frame to a segment.
 fn add_frame(segment: &mut BulkSegment, frame: &Frame) {
-    let Some(builder) = segment.builder.as_mut() else { return };
+    let Some(builder) = segment.builder.as_mut() else {
+        return;
+    };
     let view = frame.view();
     let history = view.header.identity.history;
     for (_, record) in view.records().map_while(Result::ok) {

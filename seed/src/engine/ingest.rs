@@ -6,8 +6,8 @@ use afterimage_cache::{DiskKey, Frame, RecordKind};
 
 use super::state::{DiskState, Stream};
 use super::{
-    AfterCommit, DeclaredDisk, Engine, Event, OpenedStream, Output, RequestId, Response,
-    StreamEnd, StreamNumber,
+    AfterCommit, DeclaredDisk, Engine, Event, OpenedStream, Output, RequestId, Response, StreamEnd,
+    StreamNumber,
 };
 use crate::error::SeedError;
 use crate::manifest::Edit;
@@ -39,7 +39,9 @@ pub(super) fn check_name(name: &str) -> Result<(), SeedError> {
         && name.len() <= NAME_BYTES_MAX
         && !name.starts_with('.')
         && !name.starts_with('-')
-        && name.chars().all(|c| !c.is_control() && !matches!(c, '/' | '@'));
+        && name
+            .chars()
+            .all(|c| !c.is_control() && !matches!(c, '/' | '@'));
     if is_legal {
         Ok(())
     } else {
@@ -66,15 +68,27 @@ impl Engine {
             self.put_machine(asked.machine, tag_key, AgentId::NIL, asked.name.clone());
             let machine = asked.machine;
             let name = asked.name.clone();
-            edits.push(Edit::Machine { machine, tag_key, holder: AgentId::NIL, name });
+            edits.push(Edit::Machine {
+                machine,
+                tag_key,
+                holder: AgentId::NIL,
+                name,
+            });
         }
         if !self.histories.contains_key(&asked.history) {
             self.put_history(asked.history, asked.machine, asked.parent, false);
-            edits.push(history_edit(asked.history, asked.machine, asked.parent, false));
+            edits.push(history_edit(
+                asked.history,
+                asked.machine,
+                asked.parent,
+                false,
+            ));
         }
         let stream = StreamNumber(self.next_stream);
         self.next_stream += 1;
-        let Some(entry) = self.histories.get_mut(&asked.history) else { return Ok(None) };
+        let Some(entry) = self.histories.get_mut(&asked.history) else {
+            return Ok(None);
+        };
         if entry.epoch != asked.epoch || entry.origin != asked.origin {
             // Durable with the first frame of the epoch; until then the old writer may come back.
             entry.epoch = asked.epoch;
@@ -94,21 +108,38 @@ impl Engine {
         );
         if let Some(before) = before {
             self.streams.remove(&before);
-            out.push(Output::Event(Event::Over { stream: before, end: StreamEnd::Fenced }));
+            out.push(Output::Event(Event::Over {
+                stream: before,
+                end: StreamEnd::Fenced,
+            }));
         }
-        let tag_key = self.machines.get(&asked.machine).map_or([0; 32], |state| state.tag_key);
-        let opened = OpenedStream { stream, durable, highest, tag_key };
-        if edits.is_empty() {
-            return Ok(Some(Response::Stream(opened)));
-        }
-        self.commit(edits, AfterCommit::Reply(id, Box::new(Response::Stream(opened))), out);
+        let tag_key = self
+            .machines
+            .get(&asked.machine)
+            .map_or([0; 32], |state| state.tag_key);
+        let opened = OpenedStream {
+            stream,
+            durable,
+            highest,
+            tag_key,
+        };
+        // Also without edits it must wait for those of an earlier request.
+        self.commit(
+            edits,
+            AfterCommit::Reply(id, Box::new(Response::Stream(opened))),
+            out,
+        );
         Ok(None)
     }
 
     /// Says whether an origin may write a history in an epoch.
     fn may_write(&self, asked: &Opening) -> Result<(), SeedError> {
         let fenced = |message: String, hint: &str, is_held| {
-            Err(SeedError::Fenced { message, hint: hint.to_owned(), is_held })
+            Err(SeedError::Fenced {
+                message,
+                hint: hint.to_owned(),
+                is_held,
+            })
         };
         if let Some(machine) = self.machines.get(&asked.machine) {
             if !machine.holder.is_nil() && machine.holder != asked.origin {
@@ -116,8 +147,9 @@ impl Engine {
                 return fenced(message, "move it back with `aft machine move`", true);
             }
             let is_new = !self.histories.contains_key(&asked.history);
-            let has_parent =
-                asked.parent.is_some_and(|(parent, _)| self.histories.contains_key(&parent));
+            let has_parent = asked
+                .parent
+                .is_some_and(|(parent, _)| self.histories.contains_key(&parent));
             if is_new && !machine.trunk.is_nil() && !has_parent {
                 return Err(SeedError::refused(
                     format!("machine {} already has another history", machine.name),
@@ -133,7 +165,9 @@ impl Engine {
                 ));
             }
         }
-        let Some(entry) = self.histories.get(&asked.history) else { return Ok(()) };
+        let Some(entry) = self.histories.get(&asked.history) else {
+            return Ok(());
+        };
         if entry.machine != asked.machine {
             let message = "the history belongs to another machine".to_owned();
             return Err(SeedError::refused(message, "enrol the agent again"));
@@ -144,9 +178,15 @@ impl Engine {
             .get(&asked.machine)
             .is_some_and(|machine| machine.holder == asked.origin);
         if asked.epoch < entry.epoch || (asked.epoch == entry.epoch && !is_same) {
-            let message =
-                format!("epoch {} is over; the newest one is {}", asked.epoch, entry.epoch);
-            return fenced(message, "restart the agent, so that it begins a new epoch", false);
+            let message = format!(
+                "epoch {} is over; the newest one is {}",
+                asked.epoch, entry.epoch
+            );
+            return fenced(
+                message,
+                "restart the agent, so that it begins a new epoch",
+                false,
+            );
         }
         if !is_same && !was_moved {
             let message = format!("agent {} holds this machine", entry.origin);
@@ -174,7 +214,10 @@ impl Engine {
     ) -> Answer {
         check_name(&asked.name)?;
         let Some(open) = self.streams.get(&stream) else {
-            return Err(SeedError::refused("the stream is no longer open", "open it again"));
+            return Err(SeedError::refused(
+                "the stream is no longer open",
+                "open it again",
+            ));
         };
         let (machine, history) = (open.machine, open.history);
         let mut edits = Vec::new();
@@ -182,11 +225,17 @@ impl Engine {
             let size = self.size_at(asked.disk, history, Lsn(u64::MAX));
             if known.machine != machine {
                 let message = "the disk belongs to another machine".to_owned();
-                return Err(SeedError::refused(message, "attach it under a new identity"));
+                return Err(SeedError::refused(
+                    message,
+                    "attach it under a new identity",
+                ));
             }
             if asked.size_bytes < size {
                 return Err(SeedError::refused(
-                    format!("disk {} shrank from {size} to {} bytes", known.name, asked.size_bytes),
+                    format!(
+                        "disk {} shrank from {size} to {} bytes",
+                        known.name, asked.size_bytes
+                    ),
                     "enlarge it again, or attach it as a new disk",
                 ));
             }
@@ -203,32 +252,44 @@ impl Engine {
             }
             edits.push(self.new_disk(machine, &asked));
         }
-        let Some(disk) = self.disks.get(&asked.disk) else { return Ok(None) };
+        let Some(disk) = self.disks.get(&asked.disk) else {
+            return Ok(None);
+        };
         let key = self.keys.keys.read().get(&(asked.disk, disk.key)).cloned();
-        let key = key.ok_or(SeedError::WrongStoreKey { disk: asked.disk.to_string() })?;
+        let key = key.ok_or(SeedError::WrongStoreKey {
+            disk: asked.disk.to_string(),
+        })?;
         let entry = self.histories.get(&history);
-        let open_batch = entry.and_then(|entry| entry.batch_at(Some(asked.disk), Lsn(u64::MAX)));
+        let open_batch = entry.and_then(|entry| entry.batch_at(asked.disk, Lsn(u64::MAX)));
         let map = entry.and_then(|entry| entry.disks.get(&asked.disk));
-        let cells = map.filter(|_| open_batch.is_some_and(|batch| batch.is_initial));
+        let is_copying = entry.is_some_and(|entry| entry.copying_since(asked.disk).is_some());
+        let copied = map.filter(|_| is_copying);
         let declared = DeclaredDisk {
             key,
             has_copy: self.copied_in_lineage(asked.disk, history, Lsn(u64::MAX)),
             is_in_batch: open_batch.is_some(),
-            bulk_done: cells.map_or(Vec::new(), |map| {
-                map.bulk_cells.iter().map(|(from, to)| (from * 4, (to - from) * 4)).collect()
+            bulk_done: copied.map_or(Vec::new(), |map| {
+                map.bulk_blocks
+                    .iter()
+                    .map(|(from, to)| (*from, to - from))
+                    .collect()
             }),
         };
-        if edits.is_empty() {
-            return Ok(Some(Response::Disk(declared)));
-        }
-        self.commit(edits, AfterCommit::Reply(id, Box::new(Response::Disk(declared))), out);
+        self.commit(
+            edits,
+            AfterCommit::Reply(id, Box::new(Response::Disk(declared))),
+            out,
+        );
         Ok(None)
     }
 
     fn new_disk(&mut self, machine: MachineId, asked: &Declaring) -> Edit {
         let mut secret = [0; 32];
         self.entropy.fill(&mut secret);
-        let key = DiskKey { id: KeyId(1), secret };
+        let key = DiskKey {
+            id: KeyId(1),
+            secret,
+        };
         let store_key = &self.options.store_key;
         let wrapped =
             afterimage_cache::key::wrap(store_key, asked.disk, &key, self.entropy.as_ref());
@@ -257,7 +318,12 @@ impl Engine {
         }
     }
 
-    pub(super) fn end_stream(&mut self, stream: StreamNumber, end: StreamEnd, out: &mut Vec<Output>) {
+    pub(super) fn end_stream(
+        &mut self,
+        stream: StreamNumber,
+        end: StreamEnd,
+        out: &mut Vec<Output>,
+    ) {
         self.close_stream(stream);
         out.push(Output::Event(Event::Over { stream, end }));
     }
@@ -265,7 +331,10 @@ impl Engine {
     /// Takes a frame whose hashes were verified.
     pub(super) fn frame(&mut self, stream: StreamNumber, frame: Frame, out: &mut Vec<Output>) {
         let Some(open) = self.streams.get(&stream) else {
-            out.push(Output::Event(Event::Over { stream, end: StreamEnd::Fenced }));
+            out.push(Output::Event(Event::Over {
+                stream,
+                end: StreamEnd::Fenced,
+            }));
             return;
         };
         let header = frame.header;
@@ -274,13 +343,21 @@ impl Engine {
             && identity.history == open.history
             && identity.epoch <= open.epoch
             && !header.is_bulk;
-        let Some(entry) = self.histories.get_mut(&open.history).filter(|_| is_of_stream) else {
+        let Some(entry) = self
+            .histories
+            .get_mut(&open.history)
+            .filter(|_| is_of_stream)
+        else {
             return self.end_stream(stream, StreamEnd::Damaged, out);
         };
         if header.last <= entry.received {
             // Sent again after a lost connection.
             let (durable, queued_bytes) = (entry.durable, open.queued_bytes);
-            out.push(Output::Event(Event::Durable { stream, durable, queued_bytes }));
+            out.push(Output::Event(Event::Durable {
+                stream,
+                durable,
+                queued_bytes,
+            }));
             return;
         }
         let expected = entry.received.next();
@@ -302,7 +379,7 @@ impl Engine {
         }
         let token = Token(self.next_append);
         self.next_append += 1;
-        self.appended.insert(token, (Some(stream), bytes));
+        self.appended.insert(token, (stream, bytes));
         self.log_step(LogInput::Append { token, frame }, out);
     }
 }
@@ -320,5 +397,11 @@ pub(super) fn history_edit(
     is_branch: bool,
 ) -> Edit {
     let (parent, fork) = parent.unwrap_or((HistoryId::NIL, Lsn::ZERO));
-    Edit::History { history, machine, parent, fork, is_branch }
+    Edit::History {
+        history,
+        machine,
+        parent,
+        fork,
+        is_branch,
+    }
 }

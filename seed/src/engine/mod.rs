@@ -49,6 +49,9 @@ use crate::run::RunId;
 use crate::section::Snapshot;
 use state::{DiskState, HistoryEntry, MachineState};
 
+/// Damage texts that are kept.
+const DAMAGE_MAX: usize = 1000;
+
 pub use status::{DiskInfo, EngineInfo, HistoryInfo, MachineInfo, Reach};
 
 /// Bounds and timers of an engine.
@@ -68,6 +71,8 @@ pub struct EngineOptions {
     pub bulk_age: Duration,
     /// Open map entries, over all disks, at which a run is written.
     pub flush_entries: usize,
+    /// Bytes of a manifest file at which the next one is begun.
+    pub manifest_bytes: u64,
     /// How long after the last data the log writes an idle commit.
     pub idle_commit: Duration,
     /// Wait before a full medium is tried again.
@@ -90,6 +95,7 @@ impl Default for EngineOptions {
             bulk_segment_bytes: 64 << 20,
             bulk_age: Duration::from_millis(50),
             flush_entries: 1 << 20,
+            manifest_bytes: 16 << 20,
             idle_commit: Duration::from_millis(100),
             retry: Duration::from_secs(1),
             crash_mark_interval: Duration::from_secs(300),
@@ -461,7 +467,7 @@ pub struct Engine {
     streams: BTreeMap<StreamNumber, state::Stream>,
     next_stream: u64,
     /// The stream and size of each frame in the log's hands, in order.
-    appended: HashMap<Token, (Option<StreamNumber>, u64)>,
+    appended: HashMap<Token, (StreamNumber, u64)>,
     next_append: u64,
     next_segment: u32,
     next_run: u32,
@@ -472,6 +478,8 @@ pub struct Engine {
     seed_segments: BTreeMap<SegmentId, state::SeedSegment>,
     base_through: SegmentId,
     runs: BTreeMap<RunId, u64>,
+    /// Named by the manifest, but unusable.
+    dropped_runs: Vec<RunId>,
     checkpoint: u64,
     /// What the last run covered, as edits.
     covered: Vec<Edit>,
@@ -479,6 +487,7 @@ pub struct Engine {
     open_entries: usize,
     bulk: bulk::BulkSegments,
     flush: Option<flush::Flush>,
+    flush_retry_at: Option<Monotonic>,
     start: start::Start,
     next_crash_mark: Monotonic,
     is_paused: Option<bool>,
@@ -507,6 +516,7 @@ impl Engine {
         Self {
             next_crash_mark: now.after(options.crash_mark_interval),
             log: Log::new(LogOptions::new("log", StoreId::NIL)),
+            manifest: Manifest::new(options.manifest_bytes),
             options,
             clock,
             entropy,
@@ -518,7 +528,6 @@ impl Engine {
             created: Timestamp(0),
             next_token: 1,
             owners: HashMap::new(),
-            manifest: Manifest::default(),
             next_commit: 1,
             after_commit: HashMap::new(),
             reader: None,
@@ -538,12 +547,14 @@ impl Engine {
             seed_segments: BTreeMap::new(),
             base_through: SegmentId(0),
             runs: BTreeMap::new(),
+            dropped_runs: Vec::new(),
             checkpoint: 0,
             covered: Vec::new(),
             applied_sequence: 0,
             open_entries: 0,
             bulk: bulk::BulkSegments::default(),
             flush: None,
+            flush_retry_at: None,
             start: start::Start::default(),
             is_paused: None,
             free_bytes: 0,
@@ -567,8 +578,13 @@ impl Engine {
     /// All points: name, history, LSN.
     #[must_use]
     pub fn cuts(&self) -> Vec<(String, HistoryId, Lsn)> {
-        let points = self.machines.values().flat_map(|machine| machine.points.values());
-        points.map(|point| (point.name.clone(), point.history, point.lsn)).collect()
+        let points = self
+            .machines
+            .values()
+            .flat_map(|machine| machine.points.values());
+        points
+            .map(|point| (point.name.clone(), point.history, point.lsn))
+            .collect()
     }
 
     /// Takes one input; what it leads to is appended to `out`, in order.
@@ -584,8 +600,16 @@ impl Engine {
                 self.log_step(LogInput::Tick, out);
             }
             Input::Request(id, request) => self.request(id, request, out),
-            Input::Frame(stream, frame) => self.frame(stream, frame, out),
-            Input::Bulk(stream, number, frame) => self.bulk_frame(stream, number, &frame, out),
+            // Once the engine stops, nothing more is taken; the sender keeps what it has.
+            Input::Frame(..) | Input::Bulk(..) if self.phase != Phase::Running => {}
+            Input::Frame(stream, frame) if self.phase == Phase::Running => {
+                self.frame(stream, frame, out);
+            }
+            Input::Bulk(stream, number, frame) if self.phase == Phase::Running => {
+                self.bulk_frame(stream, number, &frame, out);
+            }
+            // What is not acknowledged is sent again.
+            Input::Frame(..) | Input::Bulk(..) => {}
             Input::Stop => {
                 if self.phase == Phase::Running {
                     self.phase = Phase::Stopping;
@@ -668,6 +692,9 @@ impl Engine {
                         return;
                     }
                 }
+                ManifestOutput::Mended { file, offset } => {
+                    self.note_damage(format!("{file} at {offset}: one of two copies; mended"));
+                }
                 ManifestOutput::Ready { is_new } => self.manifest_ready(is_new, out),
                 ManifestOutput::Durable(numbers) => {
                     for number in numbers {
@@ -695,6 +722,14 @@ impl Engine {
         }
     }
 
+    /// Remembers damage for people.
+    fn note_damage(&mut self, text: String) {
+        tracing::error!("{text}");
+        if self.damage.len() < DAMAGE_MAX {
+            self.damage.push(text);
+        }
+    }
+
     fn retry_manifest(&mut self, out: &mut Vec<Output>) {
         if self.manifest_retry_at.is_some_and(|at| at <= self.now) {
             self.manifest_retry_at = None;
@@ -708,6 +743,7 @@ impl Engine {
         match after {
             AfterCommit::Created => self.read_runs(out),
             AfterCommit::Point(point, request) => {
+                self.put_point(point.clone());
                 if let Some(request) = request {
                     out.push(Output::Reply(request, Ok(Response::Point(point))));
                 }
@@ -731,34 +767,65 @@ impl Engine {
             return;
         }
         let answer = match request {
-            Request::OpenStream { machine, name, history, parent, origin, epoch } => {
-                let asked = ingest::Opening { machine, name, history, parent, origin, epoch };
+            Request::OpenStream {
+                machine,
+                name,
+                history,
+                parent,
+                origin,
+                epoch,
+            } => {
+                let asked = ingest::Opening {
+                    machine,
+                    name,
+                    history,
+                    parent,
+                    origin,
+                    epoch,
+                };
                 self.open_stream(id, asked, out)
             }
             Request::CloseStream(stream) => {
                 self.close_stream(stream);
                 Ok(Some(Response::Done))
             }
-            Request::DeclareDisk { stream, disk, name, size_bytes, logical_block_bytes } => {
-                let asked = ingest::Declaring { disk, name, size_bytes, logical_block_bytes };
+            Request::DeclareDisk {
+                stream,
+                disk,
+                name,
+                size_bytes,
+                logical_block_bytes,
+            } => {
+                let asked = ingest::Declaring {
+                    disk,
+                    name,
+                    size_bytes,
+                    logical_block_bytes,
+                };
                 self.declare_disk(id, stream, asked, out)
             }
             Request::CreatePoint { machine, name, at } => {
                 self.create_point(id, &machine, name, at, out)
             }
             Request::DeletePoint { machine, name } => self.delete_point(id, &machine, &name, out),
-            Request::ListPoints { machine, after, limit } => {
-                self.list_points(&machine, after, limit).map(Some)
-            }
-            Request::Snapshot { reference, allow_incomplete } => self
+            Request::ListPoints {
+                machine,
+                after,
+                limit,
+            } => self.list_points(&machine, after, limit).map(Some),
+            Request::Snapshot {
+                reference,
+                allow_incomplete,
+            } => self
                 .snapshot(&reference, allow_incomplete)
                 .map(|taken| Some(Response::Snapshot(taken))),
             Request::NewestState { stream, disk } => self
                 .newest_state(stream, disk)
                 .map(|taken| Some(Response::Snapshot(taken))),
-            Request::Fork { reference, allow_incomplete } => {
-                self.fork(id, &reference, allow_incomplete, out)
-            }
+            Request::Fork {
+                reference,
+                allow_incomplete,
+            } => self.fork(id, &reference, allow_incomplete, out),
             Request::DropBranch(history) => self.drop_branch(id, history, out),
             Request::Fence { machine, holder } => self.fence(id, machine, holder, out),
             Request::Info => Ok(Some(Response::Info(self.info()))),
@@ -774,6 +841,10 @@ impl Engine {
 
     fn stop(&mut self, out: &mut Vec<Output>) {
         self.seal_bulk_when_due(true, out);
+        if self.is_paused.is_some() || self.manifest.has_no_space() || self.bulk.waits_for_room() {
+            // What waits for room was not acknowledged, and the rest is durable.
+            return self.stop_at_once(out);
+        }
         let is_quiet = self.appended.is_empty() && self.bulk.is_empty();
         if is_quiet && self.flush.is_none() && self.open_entries > 0 {
             self.flush_when_due(true, out);
@@ -784,17 +855,59 @@ impl Engine {
         }
     }
 
+    fn stop_at_once(&mut self, out: &mut Vec<Output>) {
+        self.phase = Phase::Ended;
+        out.push(Output::Stopped);
+    }
+
     fn log_output(&mut self, output: LogOutput, out: &mut Vec<Output>) {
         match output {
             LogOutput::Storage(token, op) => self.submit(Owner::Log(token), op, out),
             LogOutput::Recovered { location, frame } => self.recovered_frame(&location, &frame),
-            LogOutput::Durable { token, location, frame } => {
+            LogOutput::Durable {
+                token,
+                location,
+                frame,
+            } => {
                 self.durable_frame(token, &location, &frame, out);
             }
-            LogOutput::Lost { segment, offset, first_sequence, last_sequence, damage } => {
-                self.damage.push(format!(
-                    "log segment {segment} at {offset}: commits {first_sequence} to \
-                     {last_sequence} were lost: {damage}"
+            LogOutput::DamagedSlot {
+                location,
+                lsn,
+                disk,
+                ..
+            } => {
+                self.slot_damaged(&location, disk, lsn);
+            }
+            LogOutput::Salvaged {
+                location,
+                identity,
+                bytes,
+                intact,
+                lost,
+            } => {
+                self.salvaged_frame(&location, identity, &bytes, &intact, &lost);
+            }
+            LogOutput::Mended {
+                segment,
+                offset,
+                damage,
+            } => {
+                self.note_damage(format!(
+                    "log segment {segment} at {offset}: {damage}; nothing was lost by it"
+                ));
+            }
+            LogOutput::Lost {
+                segment,
+                offset,
+                first_sequence,
+                last_sequence,
+                damage,
+            } => {
+                self.commits_lost();
+                self.note_damage(format!(
+                    "log segment {segment} at {offset}: of commits {first_sequence} to \
+                     {last_sequence} only what is whole was kept: {damage}"
                 ));
             }
             LogOutput::Ready { last_sequence, .. } => {
@@ -805,6 +918,7 @@ impl Engine {
                     reader.sealed(segment);
                 }
             }
+            LogOutput::Paused { .. } if self.phase == Phase::StoppingLog => self.stop_at_once(out),
             LogOutput::Paused { is_budget } => {
                 self.is_paused = Some(is_budget);
                 out.push(Output::Event(Event::Paused { is_budget }));
@@ -824,18 +938,13 @@ impl Engine {
                 self.phase = Phase::Ended;
                 out.push(Output::Stopped);
             }
-            #[allow(unreachable_patterns)]
-            _ => {}
         }
     }
 
     fn kind_of_point(&self, history: HistoryId, lsn: Lsn, wanted: PointKind) -> PointKind {
-        let is_open = |entry: &HistoryEntry| {
-            entry.batches.iter().any(|batch| {
-                batch.begin <= lsn && (batch.end == Lsn::ZERO || lsn < batch.end)
-            })
-        };
-        if self.histories.get(&history).is_some_and(is_open) {
+        let machine = self.histories.get(&history).and_then(|e| self.machines.get(&e.machine));
+        let mut disks = machine.into_iter().flat_map(|machine| &machine.disks);
+        if disks.any(|disk| self.open_batch(*disk, history, lsn).is_some()) {
             PointKind::ResyncIncomplete
         } else {
             wanted

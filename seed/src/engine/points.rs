@@ -29,15 +29,22 @@ impl Engine {
                 return Ok(id);
             }
         }
-        let found = self.machines.iter().find(|(_, machine)| machine.name == text);
+        let found = self
+            .machines
+            .iter()
+            .find(|(_, machine)| machine.name == text);
         found.map(|(id, _)| *id).ok_or_else(|| {
             let names = self.machines.values().map(|machine| machine.name.as_str());
-            SeedError::refused(format!("there is no machine {text:?}"), nearest(text, names))
+            SeedError::refused(
+                format!("there is no machine {text:?}"),
+                nearest(text, names),
+            )
         })
     }
 
     pub(super) fn put_point(&mut self, point: PointRecord) {
         if let Some(machine) = self.machines.get_mut(&point.machine) {
+            machine.pending.remove(&point.id);
             machine.names.insert(point.name.clone(), point.id);
             machine.points.insert(point.id, point);
         }
@@ -80,7 +87,9 @@ impl Engine {
                 ));
             }
         }
-        let Some(state) = self.machines.get(&machine) else { return Ok(None) };
+        let Some(state) = self.machines.get(&machine) else {
+            return Ok(None);
+        };
         let (trunk, has_disks) = (state.trunk, !state.disks.is_empty());
         if !has_disks {
             let message = format!("machine {} has no protected disk", state.name);
@@ -90,7 +99,14 @@ impl Engine {
         if let (None, Some(stream)) = (&at, stream) {
             let request = self.next_mark;
             self.next_mark += 1;
-            self.marks.insert(request, WantedMark { machine, stream, request: Some(id) });
+            self.marks.insert(
+                request,
+                WantedMark {
+                    machine,
+                    stream,
+                    request: Some(id),
+                },
+            );
             out.push(Output::Event(Event::PlaceMark {
                 stream,
                 request,
@@ -100,8 +116,15 @@ impl Engine {
             return Ok(None);
         }
         let (history, lsn) = self.cut_at(machine, &at.unwrap_or(At::Latest))?;
-        let time = self.histories.get(&history).map_or(Timestamp(0), |e| e.time_of(lsn));
-        self.name_cut(machine, (history, lsn, time), PointKind::Bookmark, name, Some(id), out);
+        let time = self.time_at(history, lsn);
+        self.name_cut(
+            machine,
+            (history, lsn, time),
+            PointKind::Bookmark,
+            name,
+            Some(id),
+            out,
+        );
         Ok(None)
     }
 
@@ -119,18 +142,40 @@ impl Engine {
         self.next_point += 1;
         let kind = self.kind_of_point(history, lsn, kind);
         let is_taken = |name: &String| {
-            self.machines.get(&machine).is_some_and(|state| state.names.contains_key(name))
+            self.machines
+                .get(&machine)
+                .is_some_and(|state| state.names.contains_key(name))
         };
         let chosen = name.filter(|name| !name.is_empty() && !is_taken(name));
         let name = chosen.unwrap_or_else(|| {
             let base = format!("{}-{}", kind.name(), format_time(time));
-            if is_taken(&base) { format!("{base}-{id}") } else { base }
+            if is_taken(&base) {
+                format!("{base}-{id}")
+            } else {
+                base
+            }
         });
         let locked_until = Timestamp(0);
-        let point = PointRecord { id, machine, history, lsn, time, kind, locked_until, name };
+        let point = PointRecord {
+            id,
+            machine,
+            history,
+            lsn,
+            time,
+            kind,
+            locked_until,
+            name,
+        };
         // It is listed when it is durable; its name is taken from now on.
-        self.put_point(point.clone());
-        self.commit(vec![Edit::Point(point.clone())], AfterCommit::Point(point, request), out);
+        if let Some(state) = self.machines.get_mut(&machine) {
+            state.names.insert(point.name.clone(), point.id);
+            state.pending.insert(point.id, point.clone());
+        }
+        self.commit(
+            vec![Edit::Point(point.clone())],
+            AfterCommit::Point(point, request),
+            out,
+        );
     }
 
     /// A mark became durable: the point that was asked for, or a crash mark by the timer.
@@ -141,10 +186,14 @@ impl Engine {
             MarkKind::Application => PointKind::Application,
             MarkKind::Heartbeat => return,
         };
-        let Some(entry) = self.histories.get(&mark.history) else { return };
+        let Some(entry) = self.histories.get(&mark.history) else {
+            return;
+        };
         let machine = entry.machine;
         let wanted = self.marks.remove(&mark.request);
-        let request = wanted.filter(|wanted| wanted.machine == machine).and_then(|w| w.request);
+        let request = wanted
+            .filter(|wanted| wanted.machine == machine)
+            .and_then(|w| w.request);
         let cut = (mark.history, mark.lsn, mark.time);
         self.name_cut(machine, cut, kind, Some(mark.name), request, out);
     }
@@ -159,17 +208,32 @@ impl Engine {
             .streams
             .iter()
             .filter(|(_, stream)| {
-                self.histories.get(&stream.history).is_some_and(|entry| !entry.is_branch)
+                self.histories
+                    .get(&stream.history)
+                    .is_some_and(|entry| !entry.is_branch)
             })
             .map(|(number, stream)| (*number, stream.machine))
             .collect();
-        self.marks.retain(|_, wanted| self.streams.contains_key(&wanted.stream));
+        self.marks
+            .retain(|_, wanted| self.streams.contains_key(&wanted.stream));
         for (stream, machine) in streams {
             let request = self.next_mark;
             self.next_mark += 1;
-            self.marks.insert(request, WantedMark { machine, stream, request: None });
+            self.marks.insert(
+                request,
+                WantedMark {
+                    machine,
+                    stream,
+                    request: None,
+                },
+            );
             let name = String::new();
-            let event = Event::PlaceMark { stream, request, is_bookmark: false, name };
+            let event = Event::PlaceMark {
+                stream,
+                request,
+                is_bookmark: false,
+                name,
+            };
             out.push(Output::Event(event));
         }
         out.push(Output::WakeAt(self.next_crash_mark));
@@ -183,7 +247,9 @@ impl Engine {
         out: &mut Vec<Output>,
     ) -> Answer {
         let machine = self.machine_named(machine)?;
-        let Some(state) = self.machines.get(&machine) else { return Ok(None) };
+        let Some(state) = self.machines.get(&machine) else {
+            return Ok(None);
+        };
         let Some(point) = state.names.get(name).copied() else {
             let names = state.names.keys().map(String::as_str);
             return Err(SeedError::refused(
@@ -192,7 +258,11 @@ impl Engine {
             ));
         };
         let edit = Edit::PointDropped { point };
-        self.commit(vec![edit], AfterCommit::PointDropped(machine, point, id), out);
+        self.commit(
+            vec![edit],
+            AfterCommit::PointDropped(machine, point, id),
+            out,
+        );
         Ok(None)
     }
 
@@ -220,7 +290,10 @@ impl Engine {
         out: &mut Vec<Output>,
     ) -> Answer {
         let Some(state) = self.machines.get_mut(&machine) else {
-            return Err(SeedError::refused(format!("there is no machine {machine}"), ""));
+            return Err(SeedError::refused(
+                format!("there is no machine {machine}"),
+                "",
+            ));
         };
         state.holder = holder;
         let (tag_key, name, trunk) = (state.tag_key, state.name.clone(), state.trunk);
@@ -229,8 +302,17 @@ impl Engine {
                 self.end_stream(stream, super::StreamEnd::Fenced, out);
             }
         }
-        let edit = Edit::Machine { machine, tag_key, holder, name };
-        self.commit(vec![edit], AfterCommit::Reply(id, Box::new(Response::Done)), out);
+        let edit = Edit::Machine {
+            machine,
+            tag_key,
+            holder,
+            name,
+        };
+        self.commit(
+            vec![edit],
+            AfterCommit::Reply(id, Box::new(Response::Done)),
+            out,
+        );
         Ok(None)
     }
 }

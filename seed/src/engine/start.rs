@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use afterimage_blockdev::{
-    FileId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StorageError, StorageErrorKind,
+    DiskId, FileId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StorageError, StorageErrorKind,
     StorageOp, StorageOutcome, StoreId,
 };
 use afterimage_cache::log::{Log, LogInput, LogOptions};
@@ -21,7 +21,7 @@ use crate::manifest::Edit;
 use crate::reader::Reader;
 use crate::run::{PAGE_BYTES, RunFooter, RunId, parse_run_file, run_file};
 use crate::section::Section;
-use crate::segment::{SeedFooter, SlotEntry, parse_seed_file, seed_file};
+use crate::segment::{FOOTERS_BYTES, SeedFooter, SlotEntry, parse_seed_file, seed_file};
 
 type StorageResult = Result<StorageOutcome, StorageError>;
 
@@ -34,6 +34,9 @@ enum Wanted {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Step {
     #[default]
+    NewLog,
+    NewSegments,
+    NewRuns,
     ListRuns,
     ListSegments,
     Sweep,
@@ -66,12 +69,43 @@ impl Engine {
 
     pub(super) fn manifest_ready(&mut self, is_new: bool, out: &mut Vec<Output>) {
         if is_new {
+            // Files without a manifest are a store that lost it, and nothing to begin upon.
+            self.start_ask(
+                Step::NewLog,
+                StorageOp::List {
+                    directory: "log".to_owned(),
+                },
+                out,
+            );
+        } else {
+            self.read_runs(out);
+        }
+    }
+
+    fn must_be_new(
+        &mut self,
+        names: &[FileName],
+        next: Option<(Step, &str)>,
+        out: &mut Vec<Output>,
+    ) {
+        if let Some(name) = names.first() {
+            let error = SeedError::Damaged {
+                file: "manifest".to_owned(),
+                offset: 0,
+                damage: afterimage_cache::Damage::Short {
+                    structure: "manifest",
+                },
+            };
+            tracing::error!(file = %name, "there is no whole manifest for what is here");
+            self.fail(error, out);
+        } else if let Some((step, directory)) = next {
+            let directory = directory.to_owned();
+            self.start_ask(step, StorageOp::List { directory }, out);
+        } else {
             self.store = StoreId(self.entropy.identity());
             self.created = self.clock.wall();
             let edits = self.whole_state();
             self.commit(edits, AfterCommit::Created, out);
-        } else {
-            self.read_runs(out);
         }
     }
 
@@ -92,13 +126,21 @@ impl Engine {
         ));
         self.start.wanted = self.runs.keys().copied().map(Wanted::Run).collect();
         self.want_seeds();
-        self.start_ask(Step::ListRuns, StorageOp::List { directory: "runs".to_owned() }, out);
+        self.start_ask(
+            Step::ListRuns,
+            StorageOp::List {
+                directory: "runs".to_owned(),
+            },
+            out,
+        );
     }
 
     fn want_seeds(&mut self) {
         let newer = self.seed_segments.keys().copied();
         let base_through = self.base_through;
-        let newer = newer.filter(|segment| *segment > base_through).map(Wanted::Seed);
+        let newer = newer
+            .filter(|segment| *segment > base_through)
+            .map(Wanted::Seed);
         self.start.wanted.extend(newer);
     }
 
@@ -126,9 +168,17 @@ impl Engine {
             }
         };
         match (step, outcome) {
+            (Step::NewLog, StorageOutcome::Listed(names)) => {
+                self.must_be_new(&names, Some((Step::NewSegments, "segments")), out);
+            }
+            (Step::NewSegments, StorageOutcome::Listed(names)) => {
+                self.must_be_new(&names, Some((Step::NewRuns, "runs")), out);
+            }
+            (Step::NewRuns, StorageOutcome::Listed(names)) => self.must_be_new(&names, None, out),
             (Step::ListRuns, StorageOutcome::Listed(names)) => {
-                let is_named =
-                    |name: &FileName| parse_run_file(name).is_some_and(|run| self.runs.contains_key(&run));
+                let is_named = |name: &FileName| {
+                    parse_run_file(name).is_some_and(|run| self.runs.contains_key(&run))
+                };
                 let unnamed: Vec<_> = names.into_iter().filter(|name| !is_named(name)).collect();
                 self.start.sweep.extend(unnamed);
                 let directory = "segments".to_owned();
@@ -146,9 +196,20 @@ impl Engine {
             (Step::Open, StorageOutcome::Opened { file, length }) => {
                 self.start.file = Some(file);
                 self.start.length = length;
-                let offset = length.saturating_sub(PAGE_BYTES as u64);
-                let buffer = IoBuffer::zeroed(PAGE_BYTES);
-                self.start_ask(Step::Footer, StorageOp::Read { file, offset, buffer }, out);
+                let is_run = matches!(self.start.wanted.front(), Some(Wanted::Run(_)));
+                let len = if is_run { PAGE_BYTES } else { FOOTERS_BYTES };
+                let offset = length.saturating_sub(len as u64) / PAGE_BYTES as u64;
+                let offset = offset * PAGE_BYTES as u64;
+                let buffer = IoBuffer::zeroed(len);
+                self.start_ask(
+                    Step::Footer,
+                    StorageOp::Read {
+                        file,
+                        offset,
+                        buffer,
+                    },
+                    out,
+                );
             }
             (Step::Footer, StorageOutcome::Read(bytes)) => self.start_footer(&bytes, out),
             (Step::Directory, StorageOutcome::Read(bytes)) => self.start_directory(&bytes, out),
@@ -190,19 +251,28 @@ impl Engine {
         let place = match wanted {
             Wanted::Run(run) => RunFooter::decode(bytes, self.store, run).map(|footer| {
                 self.start.run_footer = Some(footer);
-                (footer.tail_offset, usize::try_from(footer.tail_len).unwrap_or(0))
+                (
+                    footer.tail_offset,
+                    usize::try_from(footer.tail_len).unwrap_or(0),
+                )
             }),
-            Wanted::Seed(segment) => {
-                SeedFooter::decode(bytes, self.store, segment).map(|footer| {
-                    self.start.seed_footer = Some(footer);
-                    (footer.directory_offset, footer.directory_len())
-                })
-            }
+            Wanted::Seed(segment) => SeedFooter::find(bytes, self.store, segment).map(|footer| {
+                self.start.seed_footer = Some(footer);
+                (footer.directory_offset, footer.directories_len())
+            }),
         };
         match place {
             Ok((offset, len)) if len as u64 <= self.start.length => {
                 let buffer = IoBuffer::zeroed(len.next_multiple_of(PAGE_BYTES).max(PAGE_BYTES));
-                self.start_ask(Step::Directory, StorageOp::Read { file, offset, buffer }, out);
+                self.start_ask(
+                    Step::Directory,
+                    StorageOp::Read {
+                        file,
+                        offset,
+                        buffer,
+                    },
+                    out,
+                );
             }
             Ok(_) => self.file_damaged("its length is impossible", out),
             Err(damage) => self.file_damaged(&damage.to_string(), out),
@@ -210,18 +280,24 @@ impl Engine {
     }
 
     fn start_directory(&mut self, bytes: &[u8], out: &mut Vec<Output>) {
-        let Some(wanted) = self.start.wanted.front().copied() else { return };
+        let Some(wanted) = self.start.wanted.front().copied() else {
+            return;
+        };
         match wanted {
             Wanted::Run(run) => {
-                let Some(footer) = self.start.run_footer.take() else { return };
+                let Some(footer) = self.start.run_footer.take() else {
+                    return;
+                };
                 match footer.decode_tail(bytes) {
                     Ok(sections) => self.adopt_sections(run, sections),
                     Err(damage) => return self.file_damaged(&damage.to_string(), out),
                 }
             }
             Wanted::Seed(segment) => {
-                let Some(footer) = self.start.seed_footer.take() else { return };
-                match footer.decode_directory(bytes) {
+                let Some(footer) = self.start.seed_footer.take() else {
+                    return;
+                };
+                match footer.find_directory(bytes) {
                     Ok((_, entries)) => self.adopt_slots(segment, &entries),
                     Err(damage) => return self.file_damaged(&damage.to_string(), out),
                 }
@@ -241,11 +317,19 @@ impl Engine {
         };
         match wanted {
             Wanted::Seed(segment) => {
-                self.damage.push(format!("{}: {why}", seed_file(segment)));
+                self.note_damage(format!("{}: {why}", seed_file(segment)));
+                // Nobody knows which blocks it held: no disk may be shown as good above its LSNs.
+                for entry in self.histories.values_mut() {
+                    let lost = (DiskId::NIL, Lsn(1), Lsn(u64::MAX));
+                    if !entry.lost.contains(&lost) {
+                        entry.lost.push(lost);
+                        entry.is_dirty = true;
+                    }
+                }
             }
             Wanted::Run(run) => {
                 tracing::warn!(%why, run = run.0, "a run is damaged; the map is made anew");
-                self.damage.push(format!("{}: {why}; made anew from the log", run_file(run)));
+                self.note_damage(format!("{}: {why}; made anew from the log", run_file(run)));
                 self.forget_runs();
             }
         }
@@ -259,7 +343,8 @@ impl Engine {
         self.checkpoint = 0;
         self.covered.clear();
         self.base_through = SegmentId(0);
-        self.runs.clear();
+        self.dropped_runs
+            .extend(core::mem::take(&mut self.runs).into_keys());
         for entry in self.histories.values_mut() {
             let fork = entry.parent.map_or(Lsn::ZERO, |(_, fork)| fork);
             entry.received = fork;
@@ -276,7 +361,9 @@ impl Engine {
 
     fn adopt_sections(&mut self, run: RunId, sections: Vec<crate::run::SectionTable>) {
         for table in sections {
-            let Some(entry) = self.histories.get_mut(&table.name.history) else { continue };
+            let Some(entry) = self.histories.get_mut(&table.name.history) else {
+                continue;
+            };
             if table.name.disk.is_nil() {
                 entry.timeline.extend_from_slice(&table.timeline);
                 continue;
@@ -284,27 +371,34 @@ impl Engine {
             let map = entry.disks.entry(table.name.disk).or_default();
             let is_base_part = table.name.is_base_part;
             let section = Arc::new(Section::File { run, table });
-            if is_base_part { map.base_parts.push(section) } else { map.sections.push(section) }
+            if is_base_part {
+                map.base_parts.push(section)
+            } else {
+                map.sections.push(section)
+            }
         }
     }
 
     fn adopt_slots(&mut self, segment: SegmentId, entries: &[SlotEntry]) {
         for (slot, found) in (0u32..).zip(entries) {
             let context = &found.context;
-            let Some(history) = self.histories.get_mut(&context.history) else { continue };
+            let Some(history) = self.histories.get_mut(&context.history) else {
+                continue;
+            };
+            let found = bulk_entry(context, segment, slot);
+            history.highest_bulk = history.highest_bulk.max(found.lsn);
+            history.is_dirty = true;
             let map = history.disks.entry(context.disk).or_default();
-            map.bulk_entries.push(bulk_entry(context, segment, slot));
-            map.bulk_cell(context.cell.0);
+            map.bulk_entries.push(found);
             self.open_entries += 1;
         }
     }
 
-    pub(super) fn log_ready(
-        &mut self,
-        last_sequence: u64,
-        out: &mut Vec<Output>,
-    ) {
+    pub(super) fn log_ready(&mut self, last_sequence: u64, out: &mut Vec<Output>) {
         self.applied_sequence = self.applied_sequence.max(last_sequence);
+        for entry in self.histories.values_mut() {
+            entry.find_bulk_done();
+        }
         self.phase = Phase::Running;
         out.push(Output::Ready);
     }
@@ -328,24 +422,46 @@ impl Engine {
 
     fn replay_edit(&mut self, edit: Edit) -> Result<(), SeedError> {
         match edit {
-            Edit::Store { store, created, next_segment, next_run, next_point } => {
+            Edit::Store {
+                store,
+                created,
+                next_segment,
+                next_run,
+                next_point,
+            } => {
                 self.store = store;
                 self.created = created;
                 self.next_segment = self.next_segment.max(next_segment.0);
                 self.next_run = self.next_run.max(next_run.0);
                 self.next_point = self.next_point.max(next_point.0);
             }
-            Edit::Machine { machine, tag_key, holder, name } => {
+            Edit::Machine {
+                machine,
+                tag_key,
+                holder,
+                name,
+            } => {
                 self.put_machine(machine, tag_key, holder, name);
             }
             Edit::Disk {
-                disk, machine, size_bytes, logical_block_bytes, key, wrapped, name,
+                disk,
+                machine,
+                size_bytes,
+                logical_block_bytes,
+                key,
+                wrapped,
+                name,
             } => {
                 let unwrapped =
                     afterimage_cache::key::unwrap(&self.options.store_key, disk, key, &wrapped)
-                        .ok_or(SeedError::WrongStoreKey { disk: disk.to_string() })?;
+                        .ok_or(SeedError::WrongStoreKey {
+                            disk: disk.to_string(),
+                        })?;
                 self.keys.keys.write().insert((disk, key), unwrapped);
-                let sizes = self.disks.remove(&disk).map_or(Vec::new(), |known| known.sizes);
+                let sizes = self
+                    .disks
+                    .remove(&disk)
+                    .map_or(Vec::new(), |known| known.sizes);
                 let state = DiskState {
                     machine,
                     name,
@@ -357,23 +473,48 @@ impl Engine {
                 };
                 self.disks.insert(disk, state);
             }
-            Edit::History { history, machine, parent, fork, is_branch } => {
+            Edit::History {
+                history,
+                machine,
+                parent,
+                fork,
+                is_branch,
+            } => {
                 let parent = (!parent.is_nil()).then_some((parent, fork));
                 self.put_history(history, machine, parent, is_branch);
             }
             Edit::HistoryDropped { history } => {
                 self.histories.remove(&history);
             }
-            Edit::Size { disk, history, lsn, size_bytes } => {
+            Edit::Size {
+                disk,
+                history,
+                lsn,
+                size_bytes,
+            } => {
                 if let Some(disk) = self.disks.get_mut(&disk) {
-                    disk.sizes.retain(|known| (known.0, known.1) != (history, lsn));
+                    disk.sizes
+                        .retain(|known| (known.0, known.1) != (history, lsn));
                     disk.sizes.push((history, lsn, size_bytes));
                 }
             }
-            Edit::Segment { segment, slot_count, bytes, root } => {
-                self.next_segment =
-                    self.next_segment.max((segment.0 & !crate::reader::SEED_BIT) + 1);
-                self.seed_segments.insert(segment, SeedSegment { slot_count, bytes, root });
+            Edit::Segment {
+                segment,
+                slot_count,
+                bytes,
+                root,
+            } => {
+                self.next_segment = self
+                    .next_segment
+                    .max((segment.0 & !crate::reader::SEED_BIT) + 1);
+                self.seed_segments.insert(
+                    segment,
+                    SeedSegment {
+                        slot_count,
+                        bytes,
+                        root,
+                    },
+                );
             }
             Edit::SegmentDropped { segment } => {
                 self.seed_segments.remove(&segment);
@@ -398,12 +539,13 @@ impl Engine {
                     entry.highest_bulk = state.highest_bulk;
                     entry.durable_time = state.time;
                     entry.received_epoch = state.epoch;
+                    entry.durable_epoch = state.epoch;
+                    entry.durable_origin = state.origin;
                 }
             }
             Edit::Batch(batch) => {
                 if let Some(entry) = self.histories.get_mut(&batch.history) {
-                    entry.batches.retain(|known| known.begin != batch.begin);
-                    entry.batches.push(batch);
+                    entry.put_batch(batch);
                 }
             }
             Edit::Point(point) => {
@@ -417,7 +559,12 @@ impl Engine {
                     }
                 }
             }
-            Edit::Lost { disk, history, first, last } => {
+            Edit::Lost {
+                disk,
+                history,
+                first,
+                last,
+            } => {
                 if let Some(entry) = self.histories.get_mut(&history) {
                     if !entry.lost.contains(&(disk, first, last)) {
                         entry.lost.push((disk, first, last));
@@ -436,15 +583,19 @@ impl Engine {
         holder: afterimage_blockdev::AgentId,
         name: String,
     ) {
-        let state = self.machines.entry(machine).or_insert_with(|| MachineState {
-            name: String::new(),
-            tag_key,
-            holder,
-            disks: Vec::new(),
-            trunk: HistoryId::NIL,
-            points: std::collections::BTreeMap::new(),
-            names: std::collections::BTreeMap::new(),
-        });
+        let state = self
+            .machines
+            .entry(machine)
+            .or_insert_with(|| MachineState {
+                name: String::new(),
+                tag_key,
+                holder,
+                disks: Vec::new(),
+                trunk: HistoryId::NIL,
+                points: std::collections::BTreeMap::new(),
+            pending: std::collections::BTreeMap::new(),
+                names: std::collections::BTreeMap::new(),
+            });
         state.name = name;
         state.holder = holder;
     }

@@ -98,20 +98,33 @@ pub struct EngineInfo {
 
 impl Engine {
     pub(super) fn info(&self) -> EngineInfo {
-        let seeds: u64 = self.seed_segments.values().map(|segment| segment.bytes).sum();
+        let seeds: u64 = self
+            .seed_segments
+            .values()
+            .map(|segment| segment.bytes)
+            .sum();
         let runs: u64 = self.runs.values().sum();
         EngineInfo {
             stored_bytes: self.log.stored_bytes() + seeds + runs + self.manifest.stored_bytes(),
             queued_bytes: self.log.queued_bytes() + self.bulk.bytes(),
-            paused: self.is_paused,
-            machines: self.machines.keys().map(|machine| self.machine_info(*machine)).collect(),
+            paused: self
+                .is_paused
+                .or(self.bulk.waits_for_room().then_some(false)),
+            machines: self
+                .machines
+                .keys()
+                .map(|machine| self.machine_info(*machine))
+                .collect(),
             damage: self.damage.clone(),
         }
     }
 
     fn machine_info(&self, machine: MachineId) -> MachineInfo {
         let state = &self.machines[&machine];
-        let of_machine = self.histories.iter().filter(|(_, entry)| entry.machine == machine);
+        let of_machine = self
+            .histories
+            .iter()
+            .filter(|(_, entry)| entry.machine == machine);
         MachineInfo {
             machine,
             name: state.name.clone(),
@@ -129,7 +142,11 @@ impl Engine {
                     is_open: entry.stream.is_some(),
                 })
                 .collect(),
-            disks: state.disks.iter().map(|disk| self.disk_info(*disk, state.trunk)).collect(),
+            disks: state
+                .disks
+                .iter()
+                .map(|disk| self.disk_info(*disk, state.trunk))
+                .collect(),
             point_count: state.points.len() as u64,
         }
     }
@@ -152,7 +169,11 @@ impl Engine {
                     if from <= last {
                         reaches.push(reach(entry, trunk, from, last));
                     }
-                    from = if batch.end == Lsn::ZERO { Lsn(u64::MAX) } else { from.max(batch.end) };
+                    from = if batch.end == Lsn::ZERO {
+                        Lsn(u64::MAX)
+                    } else {
+                        from.max(batch.end)
+                    };
                 }
                 if from <= entry.durable {
                     reaches.push(reach(entry, trunk, from, entry.durable));
@@ -163,8 +184,15 @@ impl Engine {
                     damage.push(format!("records {first} to {last} were lost"));
                 }
             }
-            for hole in entry.holes.iter().filter(|hole| hole.undecided.contains(&disk)) {
-                damage.push(format!("records {} to {} may be lost", hole.first, hole.last));
+            for hole in entry
+                .holes
+                .iter()
+                .filter(|hole| hole.undecided.contains(&disk))
+            {
+                damage.push(format!(
+                    "records {} to {} may be lost",
+                    hole.first, hole.last
+                ));
             }
         }
         DiskInfo {
@@ -214,7 +242,9 @@ impl Engine {
         }
         // The trunk comes last of a machine's histories, for the last one named is the trunk.
         let is_trunk = |machine: &MachineId, history: &HistoryId| {
-            self.machines.get(machine).is_some_and(|state| state.trunk == *history)
+            self.machines
+                .get(machine)
+                .is_some_and(|state| state.trunk == *history)
         };
         for wants_trunk in [false, true] {
             for (history, entry) in &self.histories {
@@ -224,13 +254,20 @@ impl Engine {
                 }
             }
         }
-        edits.extend(self.seed_segments.iter().map(|(segment, state)| Edit::Segment {
-            segment: *segment,
-            slot_count: state.slot_count,
-            bytes: state.bytes,
-            root: state.root,
+        edits.extend(
+            self.seed_segments
+                .iter()
+                .map(|(segment, state)| Edit::Segment {
+                    segment: *segment,
+                    slot_count: state.slot_count,
+                    bytes: state.bytes,
+                    root: state.root,
+                }),
+        );
+        edits.extend(self.runs.iter().map(|(run, bytes)| Edit::Run {
+            run: *run,
+            bytes: *bytes,
         }));
-        edits.extend(self.runs.iter().map(|(run, bytes)| Edit::Run { run: *run, bytes: *bytes }));
         edits.extend(self.checkpoint_state());
         for machine in self.machines.values() {
             edits.extend(machine.points.values().cloned().map(Edit::Point));
@@ -241,8 +278,12 @@ impl Engine {
     /// What the last run covered: never more, for the log tells the rest.
     fn checkpoint_state(&self) -> Vec<Edit> {
         let mut edits = self.covered.clone();
-        edits.push(Edit::Checkpoint { log_sequence: self.checkpoint });
-        edits.push(Edit::BaseThrough { segment: self.base_through });
+        edits.push(Edit::Checkpoint {
+            log_sequence: self.checkpoint,
+        });
+        edits.push(Edit::BaseThrough {
+            segment: self.base_through,
+        });
         edits
     }
 
@@ -257,11 +298,18 @@ impl Engine {
                     self.covered.push(edit.clone());
                 }
                 Edit::Batch(batch) => {
+                    // A run's edits name all batches of a history, each with its disks.
                     self.covered.retain(|known| {
                         !matches!(known, Edit::Batch(old)
-                            if old.history == batch.history && old.begin == batch.begin)
+                            if old.history == batch.history
+                                && old.begin == batch.begin
+                                && old.disks.iter().all(|disk| batch.disks.contains(disk)))
                     });
                     self.covered.push(edit.clone());
+                }
+                Edit::HistoryDropped { history } => {
+                    self.covered
+                        .retain(|known| history_of(known) != Some(*history));
                 }
                 Edit::Lost { .. } | Edit::Size { .. } if !self.covered.contains(edit) => {
                     self.covered.push(edit.clone());
@@ -272,16 +320,28 @@ impl Engine {
     }
 }
 
+/// The history that an edit is about.
+fn history_of(edit: &Edit) -> Option<HistoryId> {
+    match edit {
+        Edit::HistoryState(state) => Some(state.history),
+        Edit::Batch(batch) => Some(batch.history),
+        Edit::Lost { history, .. } | Edit::Size { history, .. } => Some(*history),
+        _ => None,
+    }
+}
+
 fn is_state_of(known: &Edit, state: &HistoryState) -> bool {
     matches!(known, Edit::HistoryState(old) if old.history == state.history)
 }
 
-fn reach(
-    entry: &super::state::HistoryEntry,
-    history: HistoryId,
-    first: Lsn,
-    last: Lsn,
-) -> Reach {
-    let (first_time, last_time) = (entry.time_of(first), entry.time_of(last));
-    Reach { history, first, last, first_time, last_time }
+fn reach(entry: &super::state::HistoryEntry, history: HistoryId, first: Lsn, last: Lsn) -> Reach {
+    let time = |lsn| entry.time_of(lsn).unwrap_or(entry.durable_time);
+    let (first_time, last_time) = (time(first), time(last));
+    Reach {
+        history,
+        first,
+        last,
+        first_time,
+        last_time,
+    }
 }

@@ -7,7 +7,7 @@ use afterimage_cache::DiskKey;
 
 use super::ingest::history_edit;
 use super::points::nearest;
-use super::state::Stream;
+use super::state::{HistoryEntry, Stream};
 use super::{
     AfterCommit, Engine, ForkedBranch, OpenedStream, Output, RequestId, Response, StreamNumber,
     TakenSnapshot,
@@ -23,14 +23,21 @@ const LAYERS_MAX: usize = 200;
 impl Engine {
     fn disk_named(&self, machine: MachineId, text: &str) -> Result<DiskId, SeedError> {
         let state = &self.machines[&machine];
-        let mut disks = state.disks.iter().filter_map(|id| self.disks.get_key_value(id));
-        let is_meant =
-            |(id, disk): &(&DiskId, &super::state::DiskState)| disk.name == text || id.to_string() == text;
+        let mut disks = state
+            .disks
+            .iter()
+            .filter_map(|id| self.disks.get_key_value(id));
+        let is_meant = |(id, disk): &(&DiskId, &super::state::DiskState)| {
+            disk.name == text || id.to_string() == text
+        };
         if let Some((id, _)) = disks.find(is_meant) {
             return Ok(*id);
         }
-        let names =
-            state.disks.iter().filter_map(|id| self.disks.get(id)).map(|disk| disk.name.as_str());
+        let names = state
+            .disks
+            .iter()
+            .filter_map(|id| self.disks.get(id))
+            .map(|disk| disk.name.as_str());
         let message = format!("machine {} has no disk {text:?}", state.name);
         Err(SeedError::refused(message, nearest(text, names)))
     }
@@ -51,7 +58,10 @@ impl Engine {
             At::Latest => Ok((trunk, entry.durable)),
             At::Lsn(history, lsn) => {
                 let history = history.unwrap_or(trunk);
-                let known = self.histories.get(&history).filter(|e| e.machine == machine);
+                let known = self
+                    .histories
+                    .get(&history)
+                    .filter(|e| e.machine == machine);
                 let Some(known) = known else {
                     let message = format!("machine {} has no history {history}", state.name);
                     return Err(SeedError::refused(message, format!("its trunk is {trunk}")));
@@ -71,8 +81,10 @@ impl Engine {
                 self.cut_at_time(trunk, Timestamp(time))
             }
             At::Name(name) => match state.names.get(name).and_then(|id| state.points.get(id)) {
-                Some(point) => Ok((point.history, point.lsn)),
-                None => Err(SeedError::refused(
+                Some(point) if self.histories.contains_key(&point.history) => {
+                    Ok((point.history, point.lsn))
+                }
+                _ => Err(SeedError::refused(
                     format!("machine {} has no point {name:?}", state.name),
                     nearest(name, state.names.keys().map(String::as_str)),
                 )),
@@ -80,49 +92,91 @@ impl Engine {
         }
     }
 
-    fn cut_at_time(&self, trunk: HistoryId, time: Timestamp) -> Result<(HistoryId, Lsn), SeedError> {
+    fn cut_at_time(
+        &self,
+        trunk: HistoryId,
+        time: Timestamp,
+    ) -> Result<(HistoryId, Lsn), SeedError> {
         let grain = afterimage_blockdev::clock::nanoseconds(self.options.time_grain);
-        let entry = &self.histories[&trunk];
-        entry.lsn_at_or_before(time, grain).map(|lsn| (trunk, lsn)).ok_or_else(|| {
-            let first = entry.timeline.first().or(entry.open_timeline.first());
-            SeedError::refused(
-                format!("nothing is known of {}", format_time(time)),
-                first.map_or_else(String::new, |first| {
-                    format!("the nearest time is {}", format_time(first.time))
-                }),
-            )
+        let mut first = None;
+        for (history, entry, cap) in self.lineage(trunk, Lsn(u64::MAX)) {
+            if let Some(lsn) = entry.lsn_at_or_before(time, grain) {
+                return Ok((history, lsn.min(cap)));
+            }
+            first = entry
+                .timeline
+                .first()
+                .or(entry.open_timeline.first())
+                .or(first);
+        }
+        Err(SeedError::refused(
+            format!("nothing is known of {}", format_time(time)),
+            first.map_or_else(String::new, |first| {
+                format!("the nearest time is {}", format_time(first.time))
+            }),
+        ))
+    }
+
+    /// Histories from one up to its oldest ancestor, each with the last LSN of it that is seen.
+    fn lineage(
+        &self,
+        history: HistoryId,
+        lsn: Lsn,
+    ) -> impl Iterator<Item = (HistoryId, &HistoryEntry, Lsn)> {
+        let mut at = Some((history, lsn));
+        core::iter::from_fn(move || {
+            let (history, cap) = at.take()?;
+            let entry = self.histories.get(&history)?;
+            // LSNs go on in a fork, so that one below the fork means the parent's own.
+            at = entry.parent.map(|(parent, fork)| (parent, fork.min(cap)));
+            Some((history, entry, cap))
         })
+        .take(LAYERS_MAX)
     }
 
     /// Says whether a whole copy of a disk is visible at an LSN of a history.
     pub(super) fn copied_in_lineage(&self, disk: DiskId, history: HistoryId, lsn: Lsn) -> bool {
-        let mut at = Some((history, lsn));
-        for _ in 0..LAYERS_MAX {
-            let Some((history, cap)) = at else { return false };
-            let Some(entry) = self.histories.get(&history) else { return false };
-            if entry.copied_at(disk).is_some_and(|end| end <= cap) {
-                return true;
+        self.lineage(history, lsn)
+            .any(|(_, entry, cap)| entry.copied_at(disk).is_some_and(|end| end <= cap))
+    }
+
+    /// The begin of the batch of a disk that is open at an LSN of a history. A batch that ended
+    /// after a fork also brought what an unfinished one before the fork lacks.
+    pub(super) fn open_batch(&self, disk: DiskId, history: HistoryId, lsn: Lsn) -> Option<Lsn> {
+        for (_, entry, cap) in self.lineage(history, lsn) {
+            if let Some(batch) = entry.batch_at(disk, cap) {
+                return Some(batch.begin);
             }
-            at = entry.parent;
+            if entry.ended_by(disk, cap) {
+                return None;
+            }
         }
-        false
+        None
     }
 
     /// The size of a disk at an LSN of a history.
     pub(super) fn size_at(&self, disk: DiskId, history: HistoryId, lsn: Lsn) -> u64 {
-        let Some(state) = self.disks.get(&disk) else { return 0 };
-        let mut size = state.declared_bytes;
-        let mut at = Some((history, lsn));
-        for _ in 0..LAYERS_MAX {
-            let Some((history, cap)) = at else { break };
-            let sizes = state.sizes.iter().filter(|known| known.0 == history && known.1 <= cap);
-            if let Some(known) = sizes.max_by_key(|known| known.1) {
-                size = known.2;
-                break;
-            }
-            at = self.histories.get(&history).and_then(|entry| entry.parent);
-        }
-        size
+        let Some(state) = self.disks.get(&disk) else {
+            return 0;
+        };
+        self.lineage(history, lsn)
+            .find_map(|(history, _, cap)| {
+                let sizes = state
+                    .sizes
+                    .iter()
+                    .filter(|known| known.0 == history && known.1 <= cap);
+                sizes.max_by_key(|known| known.1).map(|known| known.2)
+            })
+            .unwrap_or(state.declared_bytes)
+    }
+
+    /// The time of an LSN of a history, to the grain of the timeline.
+    pub(super) fn time_at(&self, history: HistoryId, lsn: Lsn) -> Timestamp {
+        let found = self
+            .lineage(history, lsn)
+            .find_map(|(_, entry, cap)| entry.time_of(cap));
+        let newest = || self.histories.get(&history).map(|entry| entry.durable_time);
+        found.or_else(newest).unwrap_or_default()
     }
 
     /// What a disk consists of at an LSN of a history, as it is.
@@ -132,7 +186,9 @@ impl Engine {
         let mut at = Some((history, lsn));
         for _ in 0..LAYERS_MAX {
             let Some((history, cap)) = at else { break };
-            let Some(entry) = self.histories.get_mut(&history) else { break };
+            let Some(entry) = self.histories.get_mut(&history) else {
+                break;
+            };
             let mut sections = Vec::new();
             if let Some(map) = entry.disks.get_mut(&disk) {
                 map.freeze();
@@ -150,14 +206,20 @@ impl Engine {
                     lost.push((history, hole.first, hole.last));
                 }
             }
-            layers.push(Layer { history, cap, sections });
-            at = entry.parent;
+            layers.push(Layer {
+                history,
+                cap,
+                sections,
+            });
+            at = entry.parent.map(|(parent, fork)| (parent, fork.min(cap)));
         }
         let serial = self.next_serial;
         self.next_serial += 1;
         let size_bytes = self.size_at(disk, history, lsn);
-        let logical_block_bytes =
-            self.disks.get(&disk).map_or(4096, |state| state.logical_block_bytes);
+        let logical_block_bytes = self
+            .disks
+            .get(&disk)
+            .map_or(4096, |state| state.logical_block_bytes);
         Arc::new(Snapshot {
             serial,
             disk,
@@ -181,15 +243,15 @@ impl Engine {
         let mut lsn = asked;
         if !allow_incomplete {
             // A batch is a state only when whole: before its end, its begin is shown.
-            while let Some(batch) = self.histories[&history].batch_at(Some(disk), lsn) {
-                lsn = Lsn(batch.begin.0.saturating_sub(1));
-                if lsn == Lsn::ZERO {
-                    break;
-                }
+            while let Some(begin) = self.open_batch(disk, history, lsn) {
+                lsn = Lsn(begin.0.saturating_sub(1));
             }
             if !self.copied_in_lineage(disk, history, lsn) {
                 return Err(SeedError::Incomplete {
-                    message: format!("no whole copy of {}/{} is here at LSN {asked}", reference.machine, reference.disk),
+                    message: format!(
+                        "no whole copy of {}/{} is here at LSN {asked}",
+                        reference.machine, reference.disk
+                    ),
                     hint: "wait until the initial replication is done (`aft status`), or look at \
                            a later point"
                         .to_owned(),
@@ -200,7 +262,7 @@ impl Engine {
         Ok(TakenSnapshot {
             snapshot,
             machine,
-            time: self.histories[&history].time_of(lsn),
+            time: self.time_at(history, lsn),
             resolved_to_batch_begin: lsn != asked,
             tag_key: self.machines[&machine].tag_key,
         })
@@ -212,7 +274,10 @@ impl Engine {
         disk: DiskId,
     ) -> Result<TakenSnapshot, SeedError> {
         let Some(open) = self.streams.get(&stream) else {
-            return Err(SeedError::refused("the stream is no longer open", "open it again"));
+            return Err(SeedError::refused(
+                "the stream is no longer open",
+                "open it again",
+            ));
         };
         let (machine, history) = (open.machine, open.history);
         let lsn = self.histories[&history].durable;
@@ -234,8 +299,7 @@ impl Engine {
         out: &mut Vec<Output>,
     ) -> Result<Option<Response>, SeedError> {
         let from = self.snapshot(reference, allow_incomplete)?;
-        let (disk, parent, fork) =
-            (from.snapshot.disk, from.snapshot.history, from.snapshot.lsn);
+        let (disk, parent, fork) = (from.snapshot.disk, from.snapshot.history, from.snapshot.lsn);
         let history = HistoryId(self.entropy.identity());
         let origin = AgentId(self.store.0);
         let epoch = Epoch(1);
@@ -243,8 +307,18 @@ impl Engine {
         let stream = StreamNumber(self.next_stream);
         self.next_stream += 1;
         let machine = from.machine;
-        self.streams.insert(stream, Stream { machine, history, epoch, queued_bytes: 0 });
-        let Some(entry) = self.histories.get_mut(&history) else { return Ok(None) };
+        self.streams.insert(
+            stream,
+            Stream {
+                machine,
+                history,
+                epoch,
+                queued_bytes: 0,
+            },
+        );
+        let Some(entry) = self.histories.get_mut(&history) else {
+            return Ok(None);
+        };
         entry.epoch = epoch;
         entry.origin = origin;
         entry.stream = Some(stream);
@@ -252,7 +326,12 @@ impl Engine {
         let key = self.disk_key(disk)?;
         let tag_key = from.tag_key;
         let branch = ForkedBranch {
-            stream: OpenedStream { stream, durable: fork, highest: fork, tag_key },
+            stream: OpenedStream {
+                stream,
+                durable: fork,
+                highest: fork,
+                tag_key,
+            },
             history,
             taken: TakenSnapshot { snapshot, ..from },
             parent,
@@ -267,9 +346,20 @@ impl Engine {
     }
 
     fn disk_key(&self, disk: DiskId) -> Result<DiskKey, SeedError> {
-        let missing = || SeedError::WrongStoreKey { disk: disk.to_string() };
-        let id = self.disks.get(&disk).map(|state| state.key).ok_or_else(missing)?;
-        self.keys.keys.read().get(&(disk, id)).cloned().ok_or_else(missing)
+        let missing = || SeedError::WrongStoreKey {
+            disk: disk.to_string(),
+        };
+        let id = self
+            .disks
+            .get(&disk)
+            .map(|state| state.key)
+            .ok_or_else(missing)?;
+        self.keys
+            .keys
+            .read()
+            .get(&(disk, id))
+            .cloned()
+            .ok_or_else(missing)
     }
 
     pub(super) fn drop_branch(
@@ -278,7 +368,10 @@ impl Engine {
         history: HistoryId,
         out: &mut Vec<Output>,
     ) -> Result<Option<Response>, SeedError> {
-        let is_branch = self.histories.get(&history).is_some_and(|entry| entry.is_branch);
+        let is_branch = self
+            .histories
+            .get(&history)
+            .is_some_and(|entry| entry.is_branch);
         if !is_branch {
             let message = format!("{history} is no branch");
             return Err(SeedError::refused(message, "only branches can be dropped"));
@@ -287,20 +380,28 @@ impl Engine {
             .histories
             .values()
             .any(|entry| entry.parent.is_some_and(|(parent, _)| parent == history));
-        let has_point = self
-            .machines
-            .values()
-            .any(|machine| machine.points.values().any(|point| point.history == history));
+        let has_point = self.machines.values().any(|machine| {
+            let mut all = machine.points.values().chain(machine.pending.values());
+            all.any(|point| point.history == history)
+        });
         if has_child || has_point {
             let message = format!("something still depends on branch {history}");
-            return Err(SeedError::refused(message, "drop its branches and points first"));
+            return Err(SeedError::refused(
+                message,
+                "drop its branches and points first",
+            ));
         }
         if let Some(stream) = self.histories.get(&history).and_then(|entry| entry.stream) {
             self.close_stream(stream);
         }
         self.histories.remove(&history);
         let edit = Edit::HistoryDropped { history };
-        self.commit(vec![edit], AfterCommit::Reply(id, Box::new(Response::Done)), out);
+        self.note_covered(core::slice::from_ref(&edit));
+        self.commit(
+            vec![edit],
+            AfterCommit::Reply(id, Box::new(Response::Done)),
+            out,
+        );
         Ok(None)
     }
 }

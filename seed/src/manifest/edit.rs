@@ -259,32 +259,78 @@ impl Edit {
 
     fn encode_fields(&self, w: &mut FieldWriter) -> u8 {
         match self {
-            Self::Store { store, created, next_segment, next_run, next_point } => {
-                w.id(store.0).u64(created.0).u32(next_segment.0).u32(next_run.0).u64(next_point.0);
+            Self::Store {
+                store,
+                created,
+                next_segment,
+                next_run,
+                next_point,
+            } => {
+                w.id(store.0)
+                    .u64(created.0)
+                    .u32(next_segment.0)
+                    .u32(next_run.0)
+                    .u64(next_point.0);
                 1
             }
-            Self::Machine { machine, tag_key, holder, name } => {
+            Self::Machine {
+                machine,
+                tag_key,
+                holder,
+                name,
+            } => {
                 w.id(machine.0).bytes(tag_key).id(holder.0).text(name);
                 2
             }
-            Self::Disk { disk, machine, size_bytes, logical_block_bytes, key, wrapped, name } => {
-                w.id(disk.0).id(machine.0).u64(*size_bytes).u32(*logical_block_bytes);
+            Self::Disk {
+                disk,
+                machine,
+                size_bytes,
+                logical_block_bytes,
+                key,
+                wrapped,
+                name,
+            } => {
+                w.id(disk.0)
+                    .id(machine.0)
+                    .u64(*size_bytes)
+                    .u32(*logical_block_bytes);
                 w.u32(key.0).bytes(wrapped).text(name);
                 3
             }
-            Self::History { history, machine, parent, fork, is_branch } => {
-                w.id(history.0).id(machine.0).id(parent.0).u64(fork.0).flag(*is_branch);
+            Self::History {
+                history,
+                machine,
+                parent,
+                fork,
+                is_branch,
+            } => {
+                w.id(history.0)
+                    .id(machine.0)
+                    .id(parent.0)
+                    .u64(fork.0)
+                    .flag(*is_branch);
                 4
             }
             Self::HistoryDropped { history } => {
                 w.id(history.0);
                 5
             }
-            Self::Size { disk, history, lsn, size_bytes } => {
+            Self::Size {
+                disk,
+                history,
+                lsn,
+                size_bytes,
+            } => {
                 w.id(disk.0).id(history.0).u64(lsn.0).u64(*size_bytes);
                 6
             }
-            Self::Segment { segment, slot_count, bytes, root } => {
+            Self::Segment {
+                segment,
+                slot_count,
+                bytes,
+                root,
+            } => {
                 w.u32(segment.0).u32(*slot_count).u64(*bytes).bytes(root);
                 7
             }
@@ -301,12 +347,17 @@ impl Edit {
                 10
             }
             Self::HistoryState(state) => {
-                w.id(state.history.0).u64(state.epoch.0).id(state.origin.0).u64(state.last.0);
+                w.id(state.history.0)
+                    .u64(state.epoch.0)
+                    .id(state.origin.0)
+                    .u64(state.last.0);
                 w.u64(state.highest_bulk.0).u64(state.time.0);
                 11
             }
             Self::Batch(batch) => {
-                w.id(batch.history.0).u32(batch.batch.0).flag(batch.is_initial);
+                w.id(batch.history.0)
+                    .u32(batch.batch.0)
+                    .flag(batch.is_initial);
                 w.u64(batch.begin.0).u64(batch.end.0);
                 w.u32(afterimage_cache::bytes::narrow(batch.disks.len()));
                 for disk in &batch.disks {
@@ -315,8 +366,13 @@ impl Edit {
                 12
             }
             Self::Point(point) => {
-                w.u64(point.id.0).id(point.machine.0).id(point.history.0).u64(point.lsn.0);
-                w.u64(point.time.0).u8(point.kind.code()).u64(point.locked_until.0);
+                w.u64(point.id.0)
+                    .id(point.machine.0)
+                    .id(point.history.0)
+                    .u64(point.lsn.0);
+                w.u64(point.time.0)
+                    .u8(point.kind.code())
+                    .u64(point.locked_until.0);
                 w.text(&point.name);
                 13
             }
@@ -324,7 +380,12 @@ impl Edit {
                 w.u64(point.0);
                 14
             }
-            Self::Lost { disk, history, first, last } => {
+            Self::Lost {
+                disk,
+                history,
+                first,
+                last,
+            } => {
                 w.id(disk.0).id(history.0).u64(first.0).u64(last.0);
                 15
             }
@@ -344,11 +405,18 @@ impl Edit {
     /// # Errors
     /// [`Damage`].
     pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), Damage> {
-        let damage = Damage::Field { structure: "manifest edit", field: "content" };
+        let damage = Damage::Field {
+            structure: "manifest edit",
+            field: "content",
+        };
         let (fields, rest, code) = split(bytes).ok_or_else(|| damage.clone())?;
         let mut r = FieldReader::new(fields);
         let edit = Self::decode_fields(code, &mut r).ok_or_else(|| damage.clone())?;
-        if r.is_finished() { Ok((edit, rest)) } else { Err(damage) }
+        if r.is_finished() {
+            Ok((edit, rest))
+        } else {
+            Err(damage)
+        }
     }
 
     fn decode_fields(code: u8, r: &mut FieldReader<'_>) -> Option<Self> {
@@ -382,7 +450,9 @@ impl Edit {
                 fork: Lsn(r.u64()?),
                 is_branch: r.flag()?,
             },
-            5 => Self::HistoryDropped { history: HistoryId(r.array()?) },
+            5 => Self::HistoryDropped {
+                history: HistoryId(r.array()?),
+            },
             6 => Self::Size {
                 disk: DiskId(r.array()?),
                 history: HistoryId(r.array()?),
@@ -395,9 +465,16 @@ impl Edit {
                 bytes: r.u64()?,
                 root: r.array()?,
             },
-            8 => Self::Run { run: RunId(r.u32()?), bytes: r.u64()? },
-            9 => Self::RunDropped { run: RunId(r.u32()?) },
-            10 => Self::Checkpoint { log_sequence: r.u64()? },
+            8 => Self::Run {
+                run: RunId(r.u32()?),
+                bytes: r.u64()?,
+            },
+            9 => Self::RunDropped {
+                run: RunId(r.u32()?),
+            },
+            10 => Self::Checkpoint {
+                log_sequence: r.u64()?,
+            },
             11 => Self::HistoryState(HistoryState {
                 history: HistoryId(r.array()?),
                 epoch: Epoch(r.u64()?),
@@ -417,15 +494,21 @@ impl Edit {
                 locked_until: Timestamp(r.u64()?),
                 name: r.text()?,
             }),
-            14 => Self::PointDropped { point: PointId(r.u64()?) },
+            14 => Self::PointDropped {
+                point: PointId(r.u64()?),
+            },
             15 => Self::Lost {
                 disk: DiskId(r.array()?),
                 history: HistoryId(r.array()?),
                 first: Lsn(r.u64()?),
                 last: Lsn(r.u64()?),
             },
-            16 => Self::SegmentDropped { segment: SegmentId(r.u32()?) },
-            17 => Self::BaseThrough { segment: SegmentId(r.u32()?) },
+            16 => Self::SegmentDropped {
+                segment: SegmentId(r.u32()?),
+            },
+            17 => Self::BaseThrough {
+                segment: SegmentId(r.u32()?),
+            },
             _ => return None,
         })
     }
@@ -437,8 +520,17 @@ fn decode_batch(r: &mut FieldReader<'_>) -> Option<BatchRecord> {
     let is_initial = r.flag()?;
     let (begin, end) = (Lsn(r.u64()?), Lsn(r.u64()?));
     let count = r.u32()?;
-    let disks = (0..count).map(|_| r.array().map(DiskId)).collect::<Option<_>>()?;
-    Some(BatchRecord { history, batch, is_initial, begin, end, disks })
+    let disks = (0..count)
+        .map(|_| r.array().map(DiskId))
+        .collect::<Option<_>>()?;
+    Some(BatchRecord {
+        history,
+        batch,
+        is_initial,
+        begin,
+        end,
+        disks,
+    })
 }
 
 fn split(bytes: &[u8]) -> Option<(&[u8], &[u8], u8)> {

@@ -1,7 +1,7 @@
 //! The manifest as a state machine: recovery, commits one at a time, a new file when one is full.
 //!
 //! A new file is not a copy step of its own: the first commit that finds the file full asks the
-//! engine for a snapshot, which goes into the next file together with what waits.
+//! engine for the whole state, which goes into the next file together with what waits.
 
 use std::collections::VecDeque;
 
@@ -10,15 +10,16 @@ use afterimage_blockdev::{
 };
 use afterimage_cache::Damage;
 
+use super::found::{Found, Walked};
 use super::{Edit, ManifestCommit, SECTOR, manifest_file, parse_manifest_file};
 use crate::error::SeedError;
 
 type StorageResult = Result<StorageOutcome, StorageError>;
 
-/// Bytes after which the next commit goes into a new file.
-const FILE_BYTES_MAX: u64 = 16 << 20;
 /// Edits in one commit of a snapshot.
 const SNAPSHOT_EDITS: usize = 4096;
+/// A file is replaced when it is so many times as long as the snapshot that it began with.
+const SNAPSHOT_LENGTHS: u64 = 4;
 
 /// What the manifest wants or tells.
 #[derive(Debug)]
@@ -27,7 +28,14 @@ pub enum ManifestOutput {
     Storage(StorageOp),
     /// Edits of the newest whole state, in order.
     Recovered(Vec<Edit>),
-    /// Recovery is done; `is_new` when there was no manifest at all.
+    /// One of the two copies of a commit was damaged, and is whole again.
+    Mended {
+        /// Name of the file.
+        file: String,
+        /// Byte offset.
+        offset: u64,
+    },
+    /// Recovery is done; `is_new` when there was no whole manifest at all.
     Ready {
         /// The store has no manifest yet.
         is_new: bool,
@@ -48,72 +56,99 @@ enum Step {
     List,
     Open,
     Read,
+    CloseFound,
+    Rewrite,
     SyncFound,
-    Close,
+    SyncFoundName,
     Write,
     Sync,
     Create,
-    SyncDirectory,
+    WriteNext,
+    SyncNext,
+    SyncName,
     CloseOld,
-    RemoveOld,
+    Sweep,
+    CloseNext,
+    RemoveNext,
+}
+
+/// What becomes true when the commit under way is durable.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pending {
+    length: u64,
+    sequence: u64,
+    hash: [u8; 32],
 }
 
 /// The manifest log.
 #[derive(Debug)]
 pub struct Manifest {
+    bytes_max: u64,
     step: Step,
-    numbers: Vec<u32>,
+    /// Found and not looked at, oldest first.
+    unread: Vec<u32>,
+    /// Files that do not count.
+    others: Vec<u32>,
     number: u32,
     file: Option<FileId>,
-    length: u64,
+    next_number: u32,
+    next_file: Option<FileId>,
+    /// Bytes at which the present file is full.
+    full_at: u64,
     write_at: u64,
     sequence: u64,
     previous: [u8; 32],
     /// Waiting: the caller's number and the edits.
     queue: VecDeque<(u64, Vec<Edit>)>,
-    /// Being written: the callers' numbers, the bytes, and the hash that they end with.
-    writing: Vec<u64>,
-    writing_hash: [u8; 32],
-    writing_sequence: u64,
-    writing_edits: Vec<Vec<Edit>>,
+    /// On their way: the callers' numbers and the edits.
+    writing: Vec<(u64, Vec<Edit>)>,
+    pending: Pending,
     has_no_space: bool,
     wants_snapshot: bool,
+    /// The whole state, for the next file, with all that was queued before it.
     snapshot: Option<Vec<Edit>>,
-    old_file: Option<(u32, FileId)>,
-    recovered: Option<Vec<Edit>>,
+    found: Option<Found>,
     is_ready: bool,
 }
 
-impl Default for Manifest {
-    fn default() -> Self {
+impl Manifest {
+    /// A manifest that has not looked at its storage yet. A file gets at least so many bytes before
+    /// it is replaced.
+    #[must_use]
+    pub fn new(bytes_max: u64) -> Self {
         Self {
+            bytes_max,
             step: Step::Idle,
-            numbers: Vec::new(),
+            unread: Vec::new(),
+            others: Vec::new(),
             number: 0,
             file: None,
-            length: 0,
+            next_number: 1,
+            next_file: None,
+            full_at: bytes_max,
             write_at: 0,
             sequence: 1,
             previous: [0; 32],
             queue: VecDeque::new(),
             writing: Vec::new(),
-            writing_hash: [0; 32],
-            writing_sequence: 0,
-            writing_edits: Vec::new(),
+            pending: Pending::default(),
             has_no_space: false,
             wants_snapshot: false,
             snapshot: None,
-            old_file: None,
-            recovered: None,
+            found: None,
             is_ready: false,
         }
     }
-}
 
-impl Manifest {
     /// Begins recovery.
     pub fn start(&mut self, out: &mut Vec<ManifestOutput>) {
-        self.ask(Step::List, StorageOp::List { directory: "manifest".to_owned() }, out);
+        self.ask(
+            Step::List,
+            StorageOp::List {
+                directory: "manifest".to_owned(),
+            },
+            out,
+        );
     }
 
     /// Bytes of the present file.
@@ -125,17 +160,28 @@ impl Manifest {
     /// Says whether commits wait or are on their way.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        self.step != Step::Idle || !self.queue.is_empty()
+        self.step != Step::Idle || !self.queue.is_empty() || !self.writing.is_empty()
     }
 
-    /// Queues a commit; comes back as `Durable` with `number`.
+    /// Says whether commits wait for room on the medium.
+    #[must_use]
+    pub fn has_no_space(&self) -> bool {
+        self.has_no_space
+    }
+
+    /// Queues a commit; comes back as `Durable` with `number`. One without edits is durable with
+    /// those before it.
     pub fn commit(&mut self, number: u64, edits: Vec<Edit>, out: &mut Vec<ManifestOutput>) {
+        if edits.is_empty() && self.is_ready && !self.is_busy() {
+            out.push(ManifestOutput::Durable(vec![number]));
+            return;
+        }
         self.queue.push_back((number, edits));
         self.advance(out);
     }
 
-    /// Begins a new file with the whole state, which includes everything that was committed or is
-    /// queued.
+    /// Begins a new file with the whole state. What waits is written behind it, so the state need
+    /// not contain that, but may.
     pub fn rotate(&mut self, state: Vec<Edit>, out: &mut Vec<ManifestOutput>) {
         self.snapshot = Some(state);
         self.wants_snapshot = false;
@@ -163,79 +209,101 @@ impl Manifest {
             self.create_next(out);
             return;
         }
-        if self.queue.is_empty() && self.writing_edits.is_empty() {
+        if self.queue.is_empty() && self.writing.is_empty() {
             return;
         }
-        if self.file.is_none() || self.write_at >= FILE_BYTES_MAX {
+        let Some(file) = self.file.filter(|_| self.write_at < self.full_at) else {
             if !self.wants_snapshot {
                 self.wants_snapshot = true;
                 out.push(ManifestOutput::WantsSnapshot);
             }
             return;
-        }
-        self.write_queue(out);
+        };
+        self.write_queue(file, out);
     }
 
     /// Writes all that waits as one commit.
-    fn write_queue(&mut self, out: &mut Vec<ManifestOutput>) {
-        let Some(file) = self.file else { return };
-        for (number, edits) in self.queue.drain(..) {
-            self.writing.push(number);
-            self.writing_edits.push(edits);
-        }
+    fn write_queue(&mut self, file: FileId, out: &mut Vec<ManifestOutput>) {
+        self.writing.extend(self.queue.drain(..));
         let commit = ManifestCommit {
             sequence: self.sequence,
             previous: self.previous,
             is_snapshot: false,
             ends_snapshot: false,
-            edits: self.writing_edits.concat(),
+            edits: self
+                .writing
+                .iter()
+                .flat_map(|(_, edits)| edits.iter().cloned())
+                .collect(),
         };
-        let (buffer, hash) = commit.encode();
-        self.writing_hash = hash;
-        self.writing_sequence = self.sequence + 1;
-        self.length = self.write_at + buffer.len() as u64;
+        let (buffer, hash) = commit.encode_twice();
         let offset = self.write_at;
-        self.ask(Step::Write, StorageOp::Write { file, offset, buffer }, out);
+        let length = offset + buffer.len() as u64;
+        self.pending = Pending {
+            length,
+            sequence: self.sequence + 1,
+            hash,
+        };
+        self.ask(
+            Step::Write,
+            StorageOp::Write {
+                file,
+                offset,
+                buffer,
+            },
+            out,
+        );
     }
 
     fn create_next(&mut self, out: &mut Vec<ManifestOutput>) {
-        // A file of this number may be left from a rotation that was cut; its state is not whole.
-        self.number += 1;
-        self.ask(Step::Create, StorageOp::Create { name: manifest_file(self.number) }, out);
+        let name = manifest_file(self.next_number);
+        self.next_number += 1;
+        self.ask(Step::Create, StorageOp::Create { name }, out);
     }
 
     fn write_snapshot(&mut self, file: FileId, out: &mut Vec<ManifestOutput>) {
-        let state = self.snapshot.take().unwrap_or_default();
-        // What waits is part of the state already.
-        for (number, _) in self.queue.drain(..) {
-            self.writing.push(number);
+        self.next_file = Some(file);
+        let mut state = self.snapshot.take().unwrap_or_default();
+        // The state may be older than what was queued, which is not lost by being said twice.
+        self.writing.extend(self.queue.drain(..));
+        for (_, edits) in &mut self.writing {
+            state.append(edits);
         }
-        self.writing_edits.clear();
         let mut bytes = IoBuffer::with_capacity(SECTOR);
         let (mut sequence, mut previous) = (self.sequence, self.previous);
         let pieces = state.len().div_ceil(SNAPSHOT_EDITS).max(1);
         for piece in 0..pieces {
-            let edits = state.iter().skip(piece * SNAPSHOT_EDITS).take(SNAPSHOT_EDITS).cloned();
+            let edits = state
+                .iter()
+                .skip(piece * SNAPSHOT_EDITS)
+                .take(SNAPSHOT_EDITS);
             let commit = ManifestCommit {
                 sequence,
                 previous,
                 is_snapshot: true,
                 ends_snapshot: piece + 1 == pieces,
-                edits: edits.collect(),
+                edits: edits.cloned().collect(),
             };
-            let (encoded, hash) = commit.encode();
+            let (encoded, hash) = commit.encode_twice();
             bytes.extend_from_slice(&encoded);
             sequence += 1;
             previous = hash;
         }
-        self.writing_hash = previous;
-        self.writing_sequence = sequence;
-        self.length = bytes.len() as u64;
-        if let Some(old) = self.file.replace(file) {
-            self.old_file = Some((self.number - 1, old));
-        }
         self.snapshot = Some(state);
-        self.ask(Step::Write, StorageOp::Write { file, offset: 0, buffer: bytes }, out);
+        self.pending = Pending {
+            length: bytes.len() as u64,
+            sequence,
+            hash: previous,
+        };
+        self.ask(
+            Step::WriteNext,
+            StorageOp::Write {
+                file,
+                offset: 0,
+                buffer: bytes,
+            },
+            out,
+        );
     }
 
     /// Takes the completion of the one outstanding operation.
@@ -248,85 +316,122 @@ impl Manifest {
     }
 
     fn failed(&mut self, step: Step, error: StorageError, out: &mut Vec<ManifestOutput>) {
-        if step == Step::Create && matches!(error.kind, StorageErrorKind::Exists) {
-            self.create_next(out);
-        } else if error.is_no_space() && matches!(step, Step::Write | Step::Create) {
-            if step == Step::Create || self.snapshot.is_some() {
-                // The new file does not count; go back to the old one and try again later.
-                self.has_no_space = true;
-                if let Some((_, old)) = self.old_file.take() {
-                    self.file = Some(old);
-                }
-            } else {
-                self.has_no_space = true;
+        match step {
+            // The name may be left from a change of files that was cut.
+            Step::Create if matches!(error.kind, StorageErrorKind::Exists) => {
+                self.create_next(out);
             }
-            out.push(ManifestOutput::NoSpace);
-        } else if matches!(step, Step::RemoveOld | Step::CloseOld) {
-            self.finish_commit(out);
-        } else {
-            out.push(ManifestOutput::Failed(error.into()));
+            Step::Create | Step::Write if error.is_no_space() => self.wait_for_room(out),
+            Step::WriteNext if error.is_no_space() => {
+                // The new file does not count; the present one goes on to.
+                if let Some(file) = self.next_file.take() {
+                    self.ask(Step::CloseNext, StorageOp::Close { file }, out);
+                }
+            }
+            // What cannot be closed or removed now is swept at the next start.
+            Step::CloseOld | Step::Sweep => self.sweep(out),
+            Step::CloseNext | Step::RemoveNext => self.wait_for_room(out),
+            _ => out.push(ManifestOutput::Failed(error.into())),
         }
     }
 
+    fn wait_for_room(&mut self, out: &mut Vec<ManifestOutput>) {
+        self.has_no_space = true;
+        out.push(ManifestOutput::NoSpace);
+    }
+
     fn succeeded(&mut self, step: Step, outcome: StorageOutcome, out: &mut Vec<ManifestOutput>) {
+        let sync_name = || StorageOp::SyncDirectory {
+            directory: "manifest".to_owned(),
+        };
         match (step, outcome) {
             (Step::List, StorageOutcome::Listed(names)) => {
-                self.numbers = names.iter().filter_map(parse_manifest_file).collect();
-                self.numbers.sort_unstable();
-                self.number = self.numbers.last().copied().unwrap_or(0);
+                self.unread = names.iter().filter_map(parse_manifest_file).collect();
+                self.unread.sort_unstable();
+                self.others.clone_from(&self.unread);
+                self.next_number = self.unread.last().map_or(1, |last| last.saturating_add(1));
                 self.open_next(out);
             }
             (Step::Open, StorageOutcome::Opened { file, length }) => {
                 self.file = Some(file);
-                let len = usize::try_from(length).unwrap_or(0).next_multiple_of(SECTOR);
+                let len = usize::try_from(length)
+                    .unwrap_or(0)
+                    .next_multiple_of(SECTOR);
                 let buffer = IoBuffer::zeroed(len.max(SECTOR));
-                self.ask(Step::Read, StorageOp::Read { file, offset: 0, buffer }, out);
+                self.ask(
+                    Step::Read,
+                    StorageOp::Read {
+                        file,
+                        offset: 0,
+                        buffer,
+                    },
+                    out,
+                );
             }
             (Step::Read, StorageOutcome::Read(bytes)) => self.read(&bytes, out),
-            (Step::SyncFound, _) => {
-                // What is found counts from now on, so it must be durable from now on.
-                if let Some(edits) = self.recovered.take() {
-                    self.is_ready = true;
-                    out.push(ManifestOutput::Recovered(edits));
-                    out.push(ManifestOutput::Ready { is_new: false });
-                    self.advance(out);
-                }
-            }
-            (Step::Close, _) => self.open_next(out),
+            (Step::CloseFound, _) => self.open_next(out),
+            (Step::Rewrite, _) => self.with_file(Step::SyncFound, out),
+            // What is found counts from now on, so it and its name must be durable.
+            (Step::SyncFound, _) => self.ask(Step::SyncFoundName, sync_name(), out),
+            (Step::SyncFoundName | Step::CloseOld | Step::Sweep, _) => self.sweep(out),
+            (Step::Write, _) => self.with_file(Step::Sync, out),
+            (Step::Sync, _) => self.finish_commit(out),
             (Step::Create, StorageOutcome::Opened { file, .. }) => self.write_snapshot(file, out),
-            (Step::Write, _) => {
-                if let Some(file) = self.file {
-                    self.ask(Step::Sync, StorageOp::Sync { file }, out);
+            (Step::WriteNext, _) => {
+                if let Some(file) = self.next_file {
+                    self.ask(Step::SyncNext, StorageOp::Sync { file }, out);
                 }
             }
-            (Step::Sync, _) => {
-                if self.snapshot.take().is_some() {
-                    let directory = "manifest".to_owned();
-                    self.ask(Step::SyncDirectory, StorageOp::SyncDirectory { directory }, out);
-                } else {
-                    self.finish_commit(out);
-                }
+            (Step::SyncNext, _) => self.ask(Step::SyncName, sync_name(), out),
+            (Step::SyncName, _) => self.change_files(out),
+            (Step::CloseNext, _) => {
+                let name = manifest_file(self.next_number - 1);
+                self.ask(Step::RemoveNext, StorageOp::Remove { name }, out);
             }
-            (Step::SyncDirectory, _) => match self.old_file {
-                Some((_, file)) => self.ask(Step::CloseOld, StorageOp::Close { file }, out),
-                None => self.finish_commit(out),
-            },
-            (Step::CloseOld, _) => {
-                let number = self.old_file.take().map_or(0, |(number, _)| number);
-                let name = manifest_file(number);
-                self.ask(Step::RemoveOld, StorageOp::Remove { name }, out);
-            }
-            (Step::RemoveOld, _) => self.finish_commit(out),
+            (Step::RemoveNext, _) => self.wait_for_room(out),
             _ => {}
         }
     }
 
+    /// Syncs the present file.
+    fn with_file(&mut self, step: Step, out: &mut Vec<ManifestOutput>) {
+        if let Some(file) = self.file {
+            self.ask(step, StorageOp::Sync { file }, out);
+        }
+    }
+
+    /// The next file is whole and durable: it counts, and the others do not.
+    fn change_files(&mut self, out: &mut Vec<ManifestOutput>) {
+        self.snapshot = None;
+        self.full_at = self.bytes_max.max(self.pending.length * SNAPSHOT_LENGTHS);
+        if self.number > 0 {
+            self.others.push(self.number);
+        }
+        self.number = self.next_number - 1;
+        let old = core::mem::replace(&mut self.file, self.next_file.take());
+        match old {
+            Some(file) => self.ask(Step::CloseOld, StorageOp::Close { file }, out),
+            None => self.sweep(out),
+        }
+    }
+
+    /// Removes the files that do not count, then goes on.
+    fn sweep(&mut self, out: &mut Vec<ManifestOutput>) {
+        if let Some(number) = self.others.pop() {
+            let name = manifest_file(number);
+            self.ask(Step::Sweep, StorageOp::Remove { name }, out);
+        } else if let Some(found) = self.found.take() {
+            self.recovered(found, out);
+        } else {
+            self.finish_commit(out);
+        }
+    }
+
     fn finish_commit(&mut self, out: &mut Vec<ManifestOutput>) {
-        self.write_at = self.length;
-        self.sequence = self.writing_sequence;
-        self.previous = self.writing_hash;
-        self.writing_edits.clear();
-        let numbers = core::mem::take(&mut self.writing);
+        self.write_at = self.pending.length;
+        self.sequence = self.pending.sequence;
+        self.previous = self.pending.hash;
+        let numbers: Vec<u64> = self.writing.drain(..).map(|(number, _)| number).collect();
         if !numbers.is_empty() {
             out.push(ManifestOutput::Durable(numbers));
         }
@@ -335,10 +440,17 @@ impl Manifest {
 
     /// Opens the newest file that was not looked at.
     fn open_next(&mut self, out: &mut Vec<ManifestOutput>) {
-        if let Some(number) = self.numbers.pop() {
-            self.ask(Step::Open, StorageOp::Open { name: manifest_file(number) }, out);
-            self.wants_snapshot = false;
+        if let Some(number) = self.unread.pop() {
+            self.number = number;
+            self.ask(
+                Step::Open,
+                StorageOp::Open {
+                    name: manifest_file(number),
+                },
+                out,
+            );
         } else {
+            self.number = 0;
             self.is_ready = true;
             out.push(ManifestOutput::Ready { is_new: true });
         }
@@ -346,89 +458,62 @@ impl Manifest {
 
     fn read(&mut self, bytes: &[u8], out: &mut Vec<ManifestOutput>) {
         let Some(file) = self.file else { return };
+        let name = || manifest_file(self.number).to_string();
         match Found::walk(bytes) {
-            Ok(Some(found)) => {
-                self.write_at = found.end;
-                self.length = found.end;
-                self.sequence = found.sequence;
-                self.previous = found.hash;
-                self.recovered = Some(found.edits);
-                self.ask(Step::SyncFound, StorageOp::Sync { file }, out);
-            }
-            // Its snapshot is not whole: the file before it counts.
-            Ok(None) => {
-                self.file = None;
-                self.ask(Step::Close, StorageOp::Close { file }, out);
-            }
-            Err((offset, Damage::Version { found, supported, .. })) => {
-                let _ = offset;
-                out.push(ManifestOutput::Failed(SeedError::NewerFormat { found, supported }));
-            }
-            Err((offset, damage)) => {
-                let file = "manifest".to_owned();
-                out.push(ManifestOutput::Failed(SeedError::Damaged { file, offset, damage }));
-            }
-        }
-    }
-}
-
-/// What a walk over a manifest file finds.
-struct Found {
-    edits: Vec<Edit>,
-    end: u64,
-    sequence: u64,
-    hash: [u8; 32],
-}
-
-impl Found {
-    /// Walks a file. `None` when its snapshot is not whole.
-    fn walk(bytes: &[u8]) -> Result<Option<Self>, (u64, Damage)> {
-        let mut edits = Vec::new();
-        let mut at = 0;
-        let mut last: Option<(u64, [u8; 32])> = None;
-        let mut is_whole = false;
-        let damage = loop {
-            let rest = bytes.get(at..).unwrap_or(&[]);
-            match ManifestCommit::decode(rest) {
-                Ok((commit, hash, len)) => {
-                    let follows = last.is_none_or(|(sequence, previous)| {
-                        commit.sequence == sequence + 1 && commit.previous == previous
+            Walked::Whole(found) => {
+                self.others.retain(|other| *other != self.number);
+                for offset in &found.damaged {
+                    out.push(ManifestOutput::Mended {
+                        file: name(),
+                        offset: *offset,
                     });
-                    if !follows || (commit.is_snapshot && is_whole) {
-                        let field = "place in the chain";
-                        break Damage::Field { structure: super::NAME, field };
-                    }
-                    is_whole |= commit.ends_snapshot;
-                    last = Some((commit.sequence, hash));
-                    edits.extend(commit.edits);
-                    at += len;
                 }
-                Err(damage @ Damage::Version { .. }) => return Err((at as u64, damage)),
-                Err(damage) => break damage,
+                // An earlier sync of it may have failed, so it is written once more.
+                let (offset, buffer) = (found.rewrite_at, IoBuffer::copy_of(found.rewrite()));
+                self.found = Some(*found);
+                self.ask(
+                    Step::Rewrite,
+                    StorageOp::Write {
+                        file,
+                        offset,
+                        buffer,
+                    },
+                    out,
+                );
             }
-        };
-        let Some((sequence, hash)) = last.filter(|_| is_whole) else {
-            return if is_first_damaged(bytes) { Err((at as u64, damage)) } else { Ok(None) };
-        };
-        // Only the last commit can be torn: a whole one behind the damage follows from durability.
-        let mut later = at + SECTOR;
-        while later < bytes.len() {
-            let is_commit = ManifestCommit::decode(&bytes[later..])
-                .is_ok_and(|(commit, _, _)| commit.sequence > sequence);
-            if is_commit {
-                return Err((at as u64, damage));
+            // Its snapshot was not durable: the file before it counts.
+            Walked::NotWhole => {
+                self.file = None;
+                self.ask(Step::CloseFound, StorageOp::Close { file }, out);
             }
-            later += SECTOR;
+            Walked::Newer { found, supported } => {
+                out.push(ManifestOutput::Failed(SeedError::NewerFormat {
+                    found,
+                    supported,
+                }));
+            }
+            Walked::Damaged(offset, damage) => {
+                out.push(ManifestOutput::Failed(damaged(name(), offset, damage)));
+            }
         }
-        Ok(Some(Self { edits, end: at as u64, sequence: sequence + 1, hash }))
+    }
+
+    fn recovered(&mut self, found: Found, out: &mut Vec<ManifestOutput>) {
+        self.write_at = found.bytes.len() as u64;
+        self.full_at = self.bytes_max.max(found.snapshot_bytes * SNAPSHOT_LENGTHS);
+        self.sequence = found.sequence;
+        self.previous = found.hash;
+        self.is_ready = true;
+        out.push(ManifestOutput::Recovered(found.edits));
+        out.push(ManifestOutput::Ready { is_new: false });
+        self.advance(out);
     }
 }
 
-/// Says whether a snapshot was whole once: a commit that is not part of it follows somewhere.
-fn is_first_damaged(bytes: &[u8]) -> bool {
-    (0..bytes.len()).step_by(SECTOR).any(|at| {
-        ManifestCommit::decode(&bytes[at..])
-            .is_ok_and(|(commit, _, _)| !commit.is_snapshot || commit.ends_snapshot)
-    })
+fn damaged(file: String, offset: u64, damage: Damage) -> SeedError {
+    SeedError::Damaged {
+        file,
+        offset,
+        damage,
+    }
 }
-

@@ -2,18 +2,24 @@
 //! points. One chain of commits, each naming the hash of the one before.
 //!
 //! ```text
+//! file   = | commit | the same commit | next commit | the same | ... |
 //! commit = | header 128 | edits | zeroes to 4096 |
 //! ```
 //!
 //! Invariants
+//! * Every commit is there twice, in one write. One good copy suffices, so a damaged byte costs
+//!   nothing, and the other copy is mended at the next start.
 //! * One commit is written at a time, and is synced before the next begins; so only the last one
-//!   can be torn. A damaged commit with a whole one behind it is corruption, and the store says so.
+//!   can be torn. A commit bad in both copies with a whole one behind it is corruption, and the
+//!   store says so.
 //! * A file begins with a snapshot: commits that make up the whole state, the last of them marked.
-//!   A file without that mark does not count; the one before it does.
+//!   A file without that mark does not count; the one before it does, and is removed only after the
+//!   new file and its name are durable.
 //! * The chain goes on from file to file.
 
 mod edit;
 mod field;
+mod found;
 mod log;
 
 pub use edit::{BatchRecord, Edit, HistoryState, PointKind, PointRecord};
@@ -73,7 +79,11 @@ impl ManifestCommit {
             edit.encode_into(&mut content);
         }
         let flags = if self.is_snapshot { FLAG_SNAPSHOT } else { 0 }
-            | if self.ends_snapshot { FLAG_SNAPSHOT_END } else { 0 };
+            | if self.ends_snapshot {
+                FLAG_SNAPSHOT_END
+            } else {
+                0
+            };
         let mut header = [0; HEADER_BYTES];
         put(&mut header, 0, MAGIC);
         put(&mut header, 8, &MANIFEST_VERSION.to_le_bytes());
@@ -94,13 +104,25 @@ impl ManifestCommit {
         (bytes, hash)
     }
 
+    /// Lays the commit out twice, one copy behind the other; gives back both and its hash.
+    #[must_use]
+    pub fn encode_twice(&self) -> (IoBuffer, [u8; 32]) {
+        let (mut bytes, hash) = self.encode();
+        let again = IoBuffer::copy_of(&bytes);
+        bytes.extend_from_slice(&again);
+        (bytes, hash)
+    }
+
     /// Reads the commit that `bytes` begin with; gives back its hash and its whole length.
     ///
     /// # Errors
     /// [`Damage`].
     pub fn decode(bytes: &[u8]) -> Result<(Self, [u8; 32], usize), Damage> {
         let short = || Damage::Short { structure: NAME };
-        let field = |field| Damage::Field { structure: NAME, field };
+        let field = |field| Damage::Field {
+            structure: NAME,
+            field,
+        };
         let header = bytes.get(..HEADER_BYTES).ok_or_else(short)?;
         if header[..8] != MAGIC[..] {
             return Err(Damage::Magic { structure: NAME });
@@ -108,7 +130,11 @@ impl ManifestCommit {
         let version = get_u16(header, 8).ok_or_else(short)?;
         if version > MANIFEST_VERSION {
             let supported = MANIFEST_VERSION;
-            return Err(Damage::Version { structure: NAME, found: version, supported });
+            return Err(Damage::Version {
+                structure: NAME,
+                found: version,
+                supported,
+            });
         }
         let flags = get_u16(header, 10).ok_or_else(short)?;
         let len = index(get_u32(header, 12).ok_or_else(short)?);
@@ -116,7 +142,9 @@ impl ManifestCommit {
             return Err(field("length"));
         }
         let whole = (HEADER_BYTES + len).next_multiple_of(SECTOR);
-        let content = bytes.get(HEADER_BYTES..HEADER_BYTES + len).ok_or_else(short)?;
+        let content = bytes
+            .get(HEADER_BYTES..HEADER_BYTES + len)
+            .ok_or_else(short)?;
         let mut hasher = blake3::Hasher::new();
         hasher.update(&header[..HASH_AT]);
         hasher.update(content);

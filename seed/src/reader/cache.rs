@@ -21,8 +21,11 @@ pub(crate) struct Cache<K, V> {
 impl<K: Hash + Eq + Copy, V> Cache<K, V> {
     pub(crate) fn new(bytes_max: usize, shards: usize) -> Self {
         let empty = || {
-            let generations =
-                Generations { young: HashMap::new(), old: HashMap::new(), young_bytes: 0 };
+            let generations = Generations {
+                young: HashMap::new(),
+                old: HashMap::new(),
+                young_bytes: 0,
+            };
             Mutex::new(generations)
         };
         Self {

@@ -8,14 +8,14 @@ use afterimage_cache::segment::{Directory, FOOTER_BYTES, Footer, SegmentScan};
 use super::Reader;
 use super::files::{FileKey, OpenFile, SEED_BIT};
 use crate::error::SeedError;
-use crate::segment::{SECTOR, SeedFooter};
+use crate::segment::{FOOTERS_BYTES, SECTOR, SeedFooter};
 
 /// A directory as the reader holds it.
 #[derive(Clone)]
 pub(crate) enum Slots {
     /// Of a segment that does not change any more.
     Sealed(Arc<Directory>),
-    /// Of the log's tail.
+    /// Of a segment of the log that was begun since the start.
     Live(Arc<parking_lot::RwLock<Directory>>),
 }
 
@@ -36,7 +36,11 @@ impl Slots {
 }
 
 fn damaged(segment: SegmentId, offset: u64, damage: afterimage_cache::Damage) -> SeedError {
-    SeedError::Damaged { file: FileKey::Segment(segment).name().to_string(), offset, damage }
+    SeedError::Damaged {
+        file: FileKey::Segment(segment).name().to_string(),
+        offset,
+        damage,
+    }
 }
 
 impl Reader {
@@ -53,11 +57,35 @@ impl Reader {
         if let Some(directory) = self.directories.get(&segment, weigh) {
             return done(Ok(Slots::Sealed(directory)));
         }
+        // A directory may be long to come by, so one load serves all who want it meanwhile.
+        {
+            let mut loading = self.loading.lock();
+            let waiting = loading.entry(segment).or_default();
+            waiting.push(Box::new(done));
+            if waiting.len() > 1 {
+                return;
+            }
+        }
+        let reader = Arc::clone(self);
+        let deliver = move |result: Result<Slots, SeedError>| reader.loaded(segment, result);
         let reader = Arc::clone(self);
         self.file(FileKey::Segment(segment), move |file| match file {
-            Ok(file) => reader.load_directory(segment, file, move |result| done(result)),
-            Err(error) => done(Err(error)),
+            Ok(file) => reader.load_directory(segment, file, deliver),
+            Err(error) => deliver(Err(error)),
         });
+    }
+
+    fn loaded(&self, segment: SegmentId, result: Result<Slots, SeedError>) {
+        let waiting = self.loading.lock().remove(&segment).unwrap_or_default();
+        let failure = result.as_ref().err().map(ToString::to_string);
+        let mut result = Some(result);
+        for done in waiting {
+            let again = match &result {
+                Some(Ok(slots)) => Ok(slots.clone()),
+                _ => result.take().unwrap_or_else(|| Err(SeedError::refused(failure.clone().unwrap_or_default(), ""))),
+            };
+            done(again);
+        }
     }
 
     fn load_directory(
@@ -66,15 +94,17 @@ impl Reader {
         file: Arc<OpenFile>,
         done: impl FnOnce(Result<Slots, SeedError>) + Send + 'static,
     ) {
-        let at = file.length.saturating_sub(FOOTER_BYTES as u64);
+        let is_seed = segment.0 & SEED_BIT != 0;
+        let len = if is_seed { FOOTERS_BYTES } else { FOOTER_BYTES };
+        let at = file.length.saturating_sub(len as u64) / SECTOR as u64 * SECTOR as u64;
         let (reader, again) = (Arc::clone(&self), Arc::clone(&file));
-        self.read_file(file, at, FOOTER_BYTES, move |footer| {
+        self.read_file(file, at, len, move |footer| {
             let footer = match footer {
                 Ok(footer) => footer,
                 Err(error) => return done(Err(error.into())),
             };
-            if segment.0 & SEED_BIT != 0 {
-                match SeedFooter::decode(&footer, reader.store, segment) {
+            if is_seed {
+                match SeedFooter::find(&footer, reader.store, segment) {
                     Ok(footer) => reader.load_seed(segment, again, footer, done),
                     Err(damage) => done(Err(damaged(segment, at, damage))),
                 }
@@ -93,7 +123,8 @@ impl Reader {
     fn keep(&self, segment: SegmentId, directory: Directory) -> Slots {
         let directory = Arc::new(directory);
         let bytes = directory.offsets.len() * 4 + 64;
-        self.directories.insert(segment, Arc::clone(&directory), bytes);
+        self.directories
+            .insert(segment, Arc::clone(&directory), bytes);
         Slots::Sealed(directory)
     }
 
@@ -104,11 +135,11 @@ impl Reader {
         footer: SeedFooter,
         done: impl FnOnce(Result<Slots, SeedError>) + Send + 'static,
     ) {
-        let len = footer.directory_len().next_multiple_of(SECTOR);
+        let len = footer.directories_len();
         let at = footer.directory_offset;
         let reader = Arc::clone(&self);
         self.read_file(file, at, len, move |bytes| match bytes {
-            Ok(bytes) => match footer.decode_directory(&bytes) {
+            Ok(bytes) => match footer.find_directory(&bytes) {
                 Ok((directory, _)) => done(Ok(reader.keep(segment, directory))),
                 Err(damage) => done(Err(damaged(segment, at, damage))),
             },
@@ -125,13 +156,18 @@ impl Reader {
     ) {
         let len = footer.directory_len().next_multiple_of(SECTOR).max(SECTOR);
         let (reader, again) = (Arc::clone(&self), Arc::clone(&file));
-        self.read_file(file, footer.directory_offset, len, move |bytes| match bytes {
-            Ok(bytes) => match Directory::decode(&bytes, &footer) {
-                Ok(directory) => done(Ok(reader.keep(segment, directory))),
-                Err(_) => reader.walk_log(segment, again, done),
+        self.read_file(
+            file,
+            footer.directory_offset,
+            len,
+            move |bytes| match bytes {
+                Ok(bytes) => match Directory::decode(&bytes, &footer) {
+                    Ok(directory) => done(Ok(reader.keep(segment, directory))),
+                    Err(_) => reader.walk_log(segment, again, done),
+                },
+                Err(error) => done(Err(error.into())),
             },
-            Err(error) => done(Err(error.into())),
-        });
+        );
     }
 
     fn walk_log(
@@ -140,7 +176,9 @@ impl Reader {
         file: Arc<OpenFile>,
         done: impl FnOnce(Result<Slots, SeedError>) + Send + 'static,
     ) {
-        let len = usize::try_from(file.length).unwrap_or(0).next_multiple_of(SECTOR);
+        let len = usize::try_from(file.length)
+            .unwrap_or(0)
+            .next_multiple_of(SECTOR);
         let reader = Arc::clone(&self);
         self.read_file(file, 0, len, move |bytes| {
             let bytes = match bytes {
@@ -153,10 +191,10 @@ impl Reader {
                 let Ok(commit) = item else { continue };
                 let mut first_slot = commit.header.first_slot;
                 for at in &commit.frames {
-                    let Some(frame) = scan.frame(*at) else { continue };
-                    for (slot, offset) in (first_slot..).zip(frame.slot_offsets()) {
-                        directory.set(slot, at + offset as u64);
-                    }
+                    let Some(frame) = scan.frame(*at) else {
+                        continue;
+                    };
+                    directory.note_frame(first_slot, *at, &frame);
                     first_slot += frame.header.slot_count;
                 }
             }

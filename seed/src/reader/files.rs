@@ -49,7 +49,11 @@ impl StorageCompleter for Ignore {
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
-        self.storage.submit(Token(0), StorageOp::Close { file: self.id }, Arc::new(Ignore));
+        self.storage.submit(
+            Token(0),
+            StorageOp::Close { file: self.id },
+            Arc::new(Ignore),
+        );
     }
 }
 
@@ -70,7 +74,11 @@ impl Reader {
             Box::new(move |result| match result {
                 Ok(StorageOutcome::Opened { file, length }) => {
                     let storage = Arc::clone(&reader.storage);
-                    let open = Arc::new(OpenFile { id: file, length, storage });
+                    let open = Arc::new(OpenFile {
+                        id: file,
+                        length,
+                        storage,
+                    });
                     // The active log segment still changes its length when it is sealed.
                     reader.files.insert(key, Arc::clone(&open), 1);
                     done(Ok(open));

@@ -38,8 +38,14 @@ pub(crate) struct Resolved {
     pub(crate) kind: EntryKind,
 }
 
-const NEVER: Resolved =
-    Resolved { lsn: Lsn(0), segment: 0, slot: 0, block: 0, layer: 0, kind: EntryKind::Zero };
+const NEVER: Resolved = Resolved {
+    lsn: Lsn(0),
+    segment: 0,
+    slot: 0,
+    block: 0,
+    layer: 0,
+    kind: EntryKind::Zero,
+};
 
 /// One region of a snapshot.
 #[derive(Debug)]
@@ -57,7 +63,10 @@ struct Builder {
 impl Builder {
     fn new(region: u64) -> Self {
         let first_cell = CellIndex(region * REGION_CELLS);
-        Self { first_cell, blocks: vec![NEVER; 512] }
+        Self {
+            first_cell,
+            blocks: vec![NEVER; 512],
+        }
     }
 
     fn end_cell(&self) -> CellIndex {
@@ -82,7 +91,9 @@ impl Builder {
         }
         let cell = usize::try_from(entry.cell.0 - self.first_cell.0).unwrap_or(0);
         for within in 0..4u8 {
-            let Some(block) = entry.block_in_slot(within) else { continue };
+            let Some(block) = entry.block_in_slot(within) else {
+                continue;
+            };
             let offered = Resolved {
                 lsn: entry.lsn,
                 segment: entry.segment.0,
@@ -104,7 +115,12 @@ impl Builder {
         for cell in from..to {
             let place = usize::try_from(cell - self.first_cell.0).unwrap_or(0) * CELL_BLOCKS;
             for within in 0..CELL_BLOCKS {
-                let offered = Resolved { lsn: range.lsn, layer, kind: range.kind, ..NEVER };
+                let offered = Resolved {
+                    lsn: range.lsn,
+                    layer,
+                    kind: range.kind,
+                    ..NEVER
+                };
                 self.offer(place + within, offered);
             }
         }
@@ -134,6 +150,15 @@ impl Reader {
         self.pages.get(&(snapshot.serial, region), |_| PAGE_WEIGHT)
     }
 
+    /// The map page, if no run file has to be read for it.
+    pub(crate) fn page_in_memory(&self, snapshot: &Snapshot, region: u64) -> Option<Arc<MapPage>> {
+        if let Some(page) = self.cached_page(snapshot, region) {
+            return Some(page);
+        }
+        let (builder, reads) = merge_memory(snapshot, region);
+        reads.is_empty().then(|| self.keep_page((snapshot.serial, region), builder))
+    }
+
     /// The map page, from memory or from the run files.
     pub(crate) fn map_page(
         self: &Arc<Self>,
@@ -144,36 +169,7 @@ impl Reader {
         if let Some(page) = self.cached_page(snapshot, region) {
             return done(Ok(page));
         }
-        let mut builder = Builder::new(region);
-        let mut reads = Vec::new();
-        for (place, layer) in snapshot.layers.iter().enumerate() {
-            let number = u8::try_from(place + 1).unwrap_or(u8::MAX);
-            for section in &layer.sections {
-                if section.lsns().0 > layer.cap {
-                    continue;
-                }
-                for range in section.ranges() {
-                    builder.range(number, layer.cap, range);
-                }
-                let (first, end) = (builder.first_cell, builder.end_cell());
-                for entry in section.entries_in_memory(first, end) {
-                    builder.entry(number, layer.cap, entry);
-                }
-                if let Section::File { run, table } = &**section {
-                    let pages = pages_for(&table.fences, first, end);
-                    if !pages.is_empty() {
-                        let start = u32::try_from(pages.start).unwrap_or(u32::MAX);
-                        reads.push(PageRead {
-                            run: *run,
-                            layer: number,
-                            cap: layer.cap,
-                            first_page: table.first_page + start,
-                            count: u32::try_from(pages.len()).unwrap_or(0),
-                        });
-                    }
-                }
-            }
-        }
+        let (builder, reads) = merge_memory(snapshot, region);
         let key = (snapshot.serial, region);
         if reads.is_empty() {
             return done(Ok(self.keep_page(key, builder)));
@@ -189,7 +185,9 @@ impl Reader {
     }
 
     fn keep_page(&self, key: PageKey, builder: Builder) -> Arc<MapPage> {
-        let page = Arc::new(MapPage { blocks: builder.blocks });
+        let page = Arc::new(MapPage {
+            blocks: builder.blocks,
+        });
         self.pages.insert(key, Arc::clone(&page), PAGE_WEIGHT);
         page
     }
@@ -203,9 +201,9 @@ impl Reader {
                 let len = usize::try_from(read.count).unwrap_or(0) * PAGE_BYTES;
                 let again = Arc::clone(&reader);
                 reader.read_file(file, offset, len, move |bytes| {
-                    let result = bytes.map_err(SeedError::from).and_then(|bytes| {
-                        again.merge_pages(&read, &bytes, &load)
-                    });
+                    let result = bytes
+                        .map_err(SeedError::from)
+                        .and_then(|bytes| again.merge_pages(&read, &bytes, &load));
                     again.page_read(key, result, &load);
                 });
             }
@@ -218,12 +216,13 @@ impl Reader {
         for place in 0..read.count {
             let number = read.first_page + place;
             let at = usize::try_from(place).unwrap_or(0) * PAGE_BYTES;
-            let entries = decode_page(bytes.get(at..).unwrap_or(&[]), read.run, number)
-                .map_err(|damage| SeedError::Damaged {
+            let entries = decode_page(bytes.get(at..).unwrap_or(&[]), read.run, number).map_err(
+                |damage| SeedError::Damaged {
                     file: FileKey::Run(read.run).name().to_string(),
                     offset: (u64::from(number) + 1) * PAGE_BYTES as u64,
                     damage,
-                })?;
+                },
+            )?;
             decoded.extend(entries);
         }
         let mut builder = load.builder.lock();
@@ -242,7 +241,10 @@ impl Reader {
         }
         let (builder, error) = {
             let mut locked = load.builder.lock();
-            (core::mem::replace(&mut locked.0, Builder::new(0)), locked.1.take())
+            (
+                core::mem::replace(&mut locked.0, Builder::new(0)),
+                locked.1.take(),
+            )
         };
         let done = load.done.lock().take();
         if let Some(done) = done {
@@ -252,4 +254,38 @@ impl Reader {
             }
         }
     }
+}
+
+/// What the sections in memory say of a region, and the reads that tell the rest.
+fn merge_memory(snapshot: &Snapshot, region: u64) -> (Builder, Vec<PageRead>) {
+    let mut builder = Builder::new(region);
+    let mut reads = Vec::new();
+    let (first, end) = (builder.first_cell, builder.end_cell());
+    for (place, layer) in snapshot.layers.iter().enumerate() {
+        let number = u8::try_from(place + 1).unwrap_or(u8::MAX);
+        for section in &layer.sections {
+            if section.lsns().0 > layer.cap {
+                continue;
+            }
+            for range in section.ranges() {
+                builder.range(number, layer.cap, range);
+            }
+            for entry in section.entries_in_memory(first, end) {
+                builder.entry(number, layer.cap, entry);
+            }
+            let Section::File { run, table } = &**section else { continue };
+            let pages = pages_for(&table.fences, first, end);
+            if !pages.is_empty() {
+                let start = u32::try_from(pages.start).unwrap_or(u32::MAX);
+                reads.push(PageRead {
+                    run: *run,
+                    layer: number,
+                    cap: layer.cap,
+                    first_page: table.first_page + start,
+                    count: u32::try_from(pages.len()).unwrap_or(0),
+                });
+            }
+        }
+    }
+    (builder, reads)
 }

@@ -22,9 +22,10 @@ use afterimage_cache::segment::Directory;
 use afterimage_cache::{KeySource, Opener, TagKey};
 use parking_lot::{Mutex, RwLock};
 
+use crate::error::SeedError;
 use cache::Cache;
-use files::{FileKey, OpenFile};
 pub(crate) use files::SEED_BIT;
+use files::{FileKey, OpenFile};
 use map_page::{MapPage, PageKey};
 
 pub(crate) use map_page::{REGION_BLOCKS, Resolved};
@@ -43,7 +44,11 @@ pub struct ReaderOptions {
 
 impl Default for ReaderOptions {
     fn default() -> Self {
-        Self { map_bytes_max: 96 << 20, directory_bytes_max: 64 << 20, files_max: 512 }
+        Self {
+            map_bytes_max: 96 << 20,
+            directory_bytes_max: 64 << 20,
+            files_max: 512,
+        }
     }
 }
 
@@ -55,10 +60,16 @@ pub struct Reader {
     openers: Mutex<Vec<Opener>>,
     files: Cache<FileKey, OpenFile>,
     directories: Cache<SegmentId, Directory>,
-    /// Directories of log segments that are not sealed yet; they grow as commits become durable.
+    /// Directories of log segments that were begun since the start and are not sealed yet; they
+    /// grow as commits become durable.
     live: RwLock<HashMap<SegmentId, Arc<RwLock<Directory>>>>,
     pages: Cache<PageKey, MapPage>,
+    /// Who waits for a directory that is being read.
+    loading: Mutex<HashMap<SegmentId, Vec<SlotsDone>>>,
 }
+
+/// Takes a directory.
+type SlotsDone = Box<dyn FnOnce(Result<directory::Slots, SeedError>) + Send>;
 
 impl core::fmt::Debug for Reader {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -98,6 +109,7 @@ impl Reader {
             directories: Cache::new(options.directory_bytes_max, 1),
             live: RwLock::new(HashMap::new()),
             pages: Cache::new(options.map_bytes_max, 8),
+            loading: Mutex::new(HashMap::new()),
         })
     }
 
@@ -109,8 +121,10 @@ impl Reader {
 
     /// A log segment has its directory on disk now.
     pub fn sealed(&self, segment: SegmentId) {
-        // Readers may still look; the file's directory says the same as the live one.
+        // Readers may still look; the file's directory says the same as the live one, and more
+        // than a walk over a damaged file.
         self.live.write().remove(&segment);
+        self.directories.forget(&segment);
         // It was shortened, so an open file's length is wrong now.
         self.files.forget(&FileKey::Segment(segment));
     }
@@ -123,7 +137,8 @@ impl Reader {
     }
 
     pub(crate) fn submit(&self, op: StorageOp, done: StorageDone) {
-        self.storage.submit(Token(0), op, Arc::new(Once(Mutex::new(Some(done)))));
+        self.storage
+            .submit(Token(0), op, Arc::new(Once(Mutex::new(Some(done)))));
     }
 
     pub(crate) fn read_file(
@@ -133,7 +148,11 @@ impl Reader {
         len: usize,
         done: impl FnOnce(Result<IoBuffer, StorageError>) + Send + 'static,
     ) {
-        let op = StorageOp::Read { file: file.id, offset, buffer: IoBuffer::zeroed(len) };
+        let op = StorageOp::Read {
+            file: file.id,
+            offset,
+            buffer: IoBuffer::zeroed(len),
+        };
         self.submit(
             op,
             Box::new(move |result| {
@@ -148,7 +167,10 @@ impl Reader {
     }
 
     fn opener(&self) -> Opener {
-        self.openers.lock().pop().unwrap_or_else(|| Opener::new(Arc::clone(&self.keys)))
+        self.openers
+            .lock()
+            .pop()
+            .unwrap_or_else(|| Opener::new(Arc::clone(&self.keys)))
     }
 
     fn give_back(&self, opener: Opener) {

@@ -5,9 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use afterimage_blockdev::{
-    BLOCK_BYTES, BlockIndex, CELL_BYTES, CellIndex, IoBuffer, SegmentId,
-};
+use afterimage_blockdev::{BLOCK_BYTES, BlockIndex, CELL_BYTES, CellIndex, IoBuffer, SegmentId};
 use afterimage_cache::{Codec, ContentTag, Damage, SlotContext, SlotView};
 use parking_lot::Mutex;
 
@@ -129,7 +127,10 @@ impl Reader {
 
 impl Job {
     fn fail(&self, block: BlockIndex, error: SeedError) {
-        self.state.lock().failure.get_or_insert(ReadFailure { block, error });
+        self.state
+            .lock()
+            .failure
+            .get_or_insert(ReadFailure { block, error });
     }
 
     /// Counts one part of a stage as finished; the last one goes on with `next`.
@@ -162,9 +163,12 @@ impl Job {
     fn resolved(&self, state: &State, place: usize) -> Resolved {
         let block = self.first.0 + place as u64;
         let region = block / REGION_BLOCKS - self.first.0 / REGION_BLOCKS;
-        let page = usize::try_from(region).ok().and_then(|region| state.pages[region].as_ref());
+        let page = usize::try_from(region)
+            .ok()
+            .and_then(|region| state.pages[region].as_ref());
         let within = usize::try_from(block % REGION_BLOCKS).unwrap_or(0);
-        page.map(|page| page.blocks[within]).expect("every page was loaded")
+        page.map(|page| page.blocks[within])
+            .expect("every page was loaded")
     }
 
     fn load_directories(self: &Arc<Self>) {
@@ -226,9 +230,15 @@ impl Job {
             match found {
                 Some(at) => wants.push(self.want(&resolved, block.cell(), place, at)),
                 None => {
-                    let file = FileKey::Segment(SegmentId(resolved.segment)).name().to_string();
+                    let file = FileKey::Segment(SegmentId(resolved.segment))
+                        .name()
+                        .to_string();
                     let damage = Damage::Short { structure: "slot" };
-                    let error = SeedError::Damaged { file, offset: 0, damage };
+                    let error = SeedError::Damaged {
+                        file,
+                        offset: 0,
+                        damage,
+                    };
                     state.failure.get_or_insert(ReadFailure { block, error });
                 }
             }
@@ -259,12 +269,15 @@ impl Job {
             });
         }
         for (history, first, last) in &self.snapshot.lost {
-            let position =
-                self.snapshot.layers.iter().position(|layer| layer.history == *history)?;
+            let position = self
+                .snapshot
+                .layers
+                .iter()
+                .position(|layer| layer.history == *history)?;
             let is_seen = *first <= self.snapshot.layers[position].cap;
             let layer = usize::from(resolved.layer);
-            let is_newer =
-                layer > 0 && (layer - 1 < position || (layer - 1 == position && resolved.lsn > *last));
+            let is_newer = layer > 0
+                && (layer - 1 < position || (layer - 1 == position && resolved.lsn > *last));
             if is_seen && !is_newer {
                 return Some(SeedError::Incomplete {
                     message: format!("records {first} to {last} of this disk were lost"),
@@ -286,23 +299,26 @@ impl Job {
         for piece in pieces {
             let job = Arc::clone(self);
             let reader = Arc::clone(&self.reader);
-            self.reader.file(FileKey::Segment(SegmentId(piece.segment)), move |file| match file {
-                Ok(file) => {
-                    let (offset, len) = (piece.offset, piece.end - piece.offset);
-                    let len = usize::try_from(len).unwrap_or(0);
-                    reader.read_file(file, offset, len, move |bytes| {
-                        match bytes {
-                            Ok(bytes) => job.deliver(&piece, &bytes),
-                            Err(error) => job.fail(job.first, error.into()),
-                        }
+            self.reader.file(
+                FileKey::Segment(SegmentId(piece.segment)),
+                move |file| match file {
+                    Ok(file) => {
+                        let (offset, len) = (piece.offset, piece.end - piece.offset);
+                        let len = usize::try_from(len).unwrap_or(0);
+                        reader.read_file(file, offset, len, move |bytes| {
+                            match bytes {
+                                Ok(bytes) => job.deliver(&piece, &bytes),
+                                Err(error) => job.fail(job.first, error.into()),
+                            }
+                            job.step(|job| job.finish());
+                        });
+                    }
+                    Err(error) => {
+                        job.fail(job.first, error);
                         job.step(|job| job.finish());
-                    });
-                }
-                Err(error) => {
-                    job.fail(job.first, error);
-                    job.step(|job| job.finish());
-                }
-            });
+                    }
+                },
+            );
         }
     }
 
@@ -329,7 +345,11 @@ impl Job {
             });
             if let Err(damage) = result {
                 let file = FileKey::Segment(SegmentId(want.segment)).name().to_string();
-                let error = SeedError::Damaged { file, offset: want.place.0, damage };
+                let error = SeedError::Damaged {
+                    file,
+                    offset: want.place.0,
+                    damage,
+                };
                 let place = want.blocks.first().map_or(0, |(_, place)| *place);
                 self.fail(BlockIndex(self.first.0 + place as u64), error);
             }
@@ -369,7 +389,10 @@ fn put_block(
     plain: &[u8],
 ) -> Result<(), Damage> {
     if block >= slot.header.blocks {
-        return Err(Damage::Field { structure: "map entry", field: "block within the slot" });
+        return Err(Damage::Field {
+            structure: "map entry",
+            field: "block within the slot",
+        });
     }
     let block = usize::from(block);
     match sink {
@@ -403,7 +426,12 @@ fn gather(mut wants: Vec<Want>) -> Vec<Piece> {
             piece.end = piece.end.max(end);
             piece.wants.push(want);
         } else {
-            pieces.push(Piece { segment: want.segment, offset, end, wants: vec![want] });
+            pieces.push(Piece {
+                segment: want.segment,
+                offset,
+                end,
+                wants: vec![want],
+            });
         }
     }
     pieces

@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use afterimage_tests::{crash_log, flip_log};
+use afterimage_tests::{crash_log, crash_store, flip_log};
 
-const USAGE: &str = "usage: crash log|flip|smash [--seed N] [--count M]";
+const USAGE: &str = "usage: crash log|store|flip|smash [--seed N] [--count M]";
 
 fn number(arguments: &[String], name: &str, otherwise: u64) -> Result<u64, String> {
     let Some(place) = arguments.iter().position(|argument| argument == name) else {
@@ -22,9 +22,19 @@ fn run(arguments: &[String]) -> Result<(), String> {
     let count = number(arguments, "--count", 2000)?;
     let begun = Instant::now();
     let (report, wanted) = match arguments.first().map(String::as_str) {
-        Some("log") => (crash_log::crash_campaign(seed, count), crash_log::MUST_OCCUR),
+        Some("log") => (
+            crash_log::crash_campaign(seed, count),
+            crash_log::MUST_OCCUR,
+        ),
+        Some("store") => (
+            crash_store::crash_campaign(seed, count),
+            crash_store::MUST_OCCUR,
+        ),
         Some("flip") => (flip_log::flip_campaign(seed, count), flip_log::MUST_OCCUR),
-        Some("smash") => (flip_log::smash_campaign(seed, count), flip_log::SMASH_MUST_OCCUR),
+        Some("smash") => (
+            flip_log::smash_campaign(seed, count),
+            flip_log::SMASH_MUST_OCCUR,
+        ),
         _ => return Err(USAGE.to_owned()),
     };
     let seconds = begun.elapsed().as_secs_f64();

@@ -39,6 +39,7 @@ pub struct Global {
         global = true,
         value_name = "PATH",
         env = "AFTERIMAGE_SOCKET",
+        hide_env_values = true,
         default_value = "/var/lib/afterimage/control.sock"
     )]
     pub socket: PathBuf,
@@ -48,6 +49,7 @@ pub struct Global {
         global = true,
         value_name = "PATH",
         env = "AFTERIMAGE_AGENT_SOCKET",
+        hide_env_values = true,
         default_value = "/run/afterimage/agent.sock"
     )]
     pub agent_socket: PathBuf,
@@ -57,11 +59,18 @@ pub struct Global {
         global = true,
         value_name = "HOST:PORT",
         env = "AFTERIMAGE_SERVER",
+        hide_env_values = true,
         requires = "identity"
     )]
     pub server: Option<String>,
     /// Certificate and key for --server, as `aft cert issue-admin` wrote them
-    #[arg(long, global = true, value_name = "FILE", env = "AFTERIMAGE_IDENTITY")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "AFTERIMAGE_IDENTITY",
+        hide_env_values = true
+    )]
     pub identity: Option<PathBuf>,
     /// Answer in JSON
     #[arg(long, global = true)]
@@ -289,7 +298,10 @@ fn parse_seconds(text: &str) -> Result<u64, String> {
         "d" => 86_400,
         _ => return Err(wrong()),
     };
-    number.checked_mul(unit).filter(|seconds| *seconds > 0).ok_or_else(wrong)
+    number
+        .checked_mul(unit)
+        .filter(|seconds| *seconds > 0)
+        .ok_or_else(wrong)
 }
 
 #[cfg(test)]

@@ -52,17 +52,24 @@ impl Client {
     #[must_use]
     pub fn server(global: &Global) -> Self {
         match (&global.server, &global.identity) {
-            (Some(server), Some(identity)) => {
-                Self::Remote { server: server.clone(), identity: identity.clone() }
-            }
-            _ => Self::Local { socket: global.socket.clone(), daemon: "afterimaged" },
+            (Some(server), Some(identity)) => Self::Remote {
+                server: server.clone(),
+                identity: identity.clone(),
+            },
+            _ => Self::Local {
+                socket: global.socket.clone(),
+                daemon: "afterimaged",
+            },
         }
     }
 
     /// The agent of this machine.
     #[must_use]
     pub fn agent(global: &Global) -> Self {
-        Self::Local { socket: global.agent_socket.clone(), daemon: "afterimage-agent" }
+        Self::Local {
+            socket: global.agent_socket.clone(),
+            daemon: "afterimage-agent",
+        }
     }
 
     /// Asks for something.
@@ -122,9 +129,10 @@ fn unreachable_daemon(daemon: &str, socket: &Path, error: &io::Error) -> AftErro
             ErrorClass::Retry,
             format!("start {daemon}, or name its socket with an option (see --help)"),
         ),
-        io::ErrorKind::PermissionDenied => {
-            (ErrorClass::Operator, "run this as root, for instance with sudo".to_owned())
-        }
+        io::ErrorKind::PermissionDenied => (
+            ErrorClass::Operator,
+            "run this as root, for instance with sudo".to_owned(),
+        ),
         _ => (ErrorClass::Retry, String::new()),
     };
     let why = match error.kind() {
@@ -132,7 +140,11 @@ fn unreachable_daemon(daemon: &str, socket: &Path, error: &io::Error) -> AftErro
         io::ErrorKind::ConnectionRefused => "nobody listens there".to_owned(),
         _ => error.to_string(),
     };
-    AftError::new(class, format!("cannot reach {daemon} at {}: {why}", socket.display()), hint)
+    AftError::new(
+        class,
+        format!("cannot reach {daemon} at {}: {why}", socket.display()),
+        hint,
+    )
 }
 
 async fn connect(
@@ -150,7 +162,11 @@ async fn connect(
     let host = server.rsplit_once(':').map_or(server, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host.to_owned()).map_err(|_| {
-        AftError::new(ErrorClass::Refused, format!("{server:?} is no HOST:PORT"), "")
+        AftError::new(
+            ErrorClass::Refused,
+            format!("{server:?} is no HOST:PORT"),
+            "",
+        )
     })?;
     let stream = timeout(CONNECT_WAIT, TcpStream::connect(server))
         .await
@@ -183,7 +199,9 @@ fn client_config(identity: &Path) -> Result<ClientConfig, AftError> {
     let [own, authority] = <[_; 2]>::try_from(certificates)
         .map_err(|_| wrong("it does not hold two certificates".to_owned()))?;
     let mut roots = RootCertStore::empty();
-    roots.add(authority).map_err(|error| wrong(error.to_string()))?;
+    roots
+        .add(authority)
+        .map_err(|error| wrong(error.to_string()))?;
     ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
         .with_root_certificates(roots)
         .with_client_auth_cert(vec![own], key)
@@ -202,7 +220,11 @@ where
     T: DeserializeOwned,
 {
     let broke = |why: String| {
-        AftError::new(ErrorClass::Retry, format!("the answer did not come: {why}"), "try again")
+        AftError::new(
+            ErrorClass::Retry,
+            format!("the answer did not come: {why}"),
+            "try again",
+        )
     };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
@@ -216,7 +238,10 @@ where
         .header(hyper::header::CONTENT_TYPE, "application/json")
         .body(Full::new(body))
         .map_err(|error| AftError::new(ErrorClass::Refused, error.to_string(), ""))?;
-    let response = sender.send_request(request).await.map_err(|error| broke(error.to_string()))?;
+    let response = sender
+        .send_request(request)
+        .await
+        .map_err(|error| broke(error.to_string()))?;
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
         .collect()
@@ -243,7 +268,10 @@ fn decode<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, Aft
         Ok(error) => Err(AftError(error)),
         Err(_) => Err(AftError::new(
             ErrorClass::Operator,
-            format!("the daemon answered {status}: {}", String::from_utf8_lossy(body)),
+            format!(
+                "the daemon answered {status}: {}",
+                String::from_utf8_lossy(body)
+            ),
             "aft and the daemon may be of different releases",
         )),
     }

@@ -14,7 +14,11 @@ impl AftError {
     /// Makes an error.
     #[must_use]
     pub fn new(class: ErrorClass, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self(ApiError { class, message: message.into(), hint: hint.into() })
+        Self(ApiError {
+            class,
+            message: message.into(),
+            hint: hint.into(),
+        })
     }
 
     /// The documented exit code. 2 is the command line's, by clap.

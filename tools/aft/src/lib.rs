@@ -23,7 +23,10 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     // Only TLS to a remote appliance needs one; a second installation changes nothing.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("aft: cannot start: {error}");

@@ -75,7 +75,9 @@ impl Table {
     /// Begins a table.
     #[must_use]
     pub fn new(heading: &[&str]) -> Self {
-        Self { rows: vec![heading.iter().map(|cell| (*cell).to_owned()).collect()] }
+        Self {
+            rows: vec![heading.iter().map(|cell| (*cell).to_owned()).collect()],
+        }
     }
 
     /// Adds a row.
@@ -110,7 +112,9 @@ impl Table {
 /// Names come from elsewhere; none of them may move the cursor.
 #[must_use]
 pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
 }
 
 /// A number of bytes with a binary unit.
@@ -155,7 +159,11 @@ pub fn maybe_span(ms: Option<u64>) -> String {
 /// A time, or a dash for none.
 #[must_use]
 pub fn time(time: Timestamp) -> String {
-    if time == Timestamp::default() { "-".to_owned() } else { format_rfc3339(time) }
+    if time == Timestamp::default() {
+        "-".to_owned()
+    } else {
+        format_rfc3339(time)
+    }
 }
 
 /// Parts done of a whole, such as `42 %`.
@@ -177,7 +185,10 @@ mod tests {
         let mut table = Table::new(&["NAME", "SIZE"]);
         table.row(["a-long-name".to_owned(), "1".to_owned()]);
         table.row(["b\x1b[2J".to_owned(), "2".to_owned()]);
-        assert_eq!(table.text(), "NAME         SIZE\na-long-name  1\nb?[2J        2\n");
+        assert_eq!(
+            table.text(),
+            "NAME         SIZE\na-long-name  1\nb?[2J        2\n"
+        );
     }
 
     #[test]

@@ -114,7 +114,12 @@ impl ActivityFile {
             .truncate(true)
             .mode(0o600)
             .open(&temporary)?;
-        let mut this = Self { file, disk, region_bytes, newest: vec![(0, true); blocks] };
+        let mut this = Self {
+            file,
+            disk,
+            region_bytes,
+            newest: vec![(0, true); blocks],
+        };
         this.file.write_all_at(&this.header(), 0)?;
         for block in 0..blocks {
             this.write_block(block, bits)?;
@@ -158,7 +163,12 @@ impl ActivityFile {
         if !region_bytes.is_power_of_two() || !(1..=1024).contains(&blocks) {
             return Err(wrong("its header makes no sense"));
         }
-        let mut this = Self { file, disk, region_bytes, newest: vec![(0, true); blocks] };
+        let mut this = Self {
+            file,
+            disk,
+            region_bytes,
+            newest: vec![(0, true); blocks],
+        };
         let mut found = Found::default();
         for block in 0..blocks {
             this.read_block(block, &mut found)?;
@@ -199,7 +209,10 @@ impl ActivityFile {
         let mut best: Option<(u64, bool, Vec<u8>)> = None;
         for is_b in [false, true] {
             let mut bytes = vec![0; BLOCK];
-            match self.file.read_exact_at(&mut bytes, Self::place(block, is_b)) {
+            match self
+                .file
+                .read_exact_at(&mut bytes, Self::place(block, is_b))
+            {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
                 Err(error) => return Err(error),
@@ -257,6 +270,15 @@ impl ActivityFile {
     /// When that failed; the file must be made anew then.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+#[cfg(test)]
+impl ActivityFile {
+    /// The same file, which can no longer be written.
+    pub(super) fn read_only(mut self, path: &Path) -> Self {
+        self.file = File::open(path).unwrap();
+        self
     }
 }
 

@@ -25,8 +25,8 @@ use parking_lot::Mutex;
 use crate::error::AgentError;
 use crate::tap::ranges::Resume;
 use file::{ActivityFile, Unusable};
-pub use regions::UnmarkPlan;
 use regions::Regions;
+pub use regions::UnmarkPlan;
 use worker::Bell;
 
 /// Most regions of a disk.
@@ -37,7 +37,10 @@ const REGION_BYTES_MIN: u64 = 1 << 20;
 /// The region size of a disk: the smallest power of two, from 1 MiB, that makes at most 65,536.
 #[must_use]
 pub fn region_bytes(disk_bytes: u64) -> u64 {
-    disk_bytes.div_ceil(REGIONS_MAX).next_power_of_two().max(REGION_BYTES_MIN)
+    disk_bytes
+        .div_ceil(REGIONS_MAX)
+        .next_power_of_two()
+        .max(REGION_BYTES_MIN)
 }
 
 /// See the module's text.
@@ -48,7 +51,6 @@ pub struct Activity {
     file: Mutex<ActivityFile>,
     bell: Arc<Bell>,
     acknowledged: Arc<AtomicU64>,
-    tick: AtomicU64,
     is_broken: AtomicBool,
 }
 
@@ -78,7 +80,11 @@ impl Activity {
         let wanted = region_bytes(disk_bytes);
         let count = usize::try_from(disk_bytes.div_ceil(wanted).max(1)).unwrap_or(usize::MAX);
         let mut opened = Opened::default();
-        let found = if is_new { Err(String::new()) } else { read_marks(path, disk, wanted, count) };
+        let found = if is_new {
+            Err(String::new())
+        } else {
+            read_marks(path, disk, wanted, count)
+        };
         let (marks, file, reason) = match found {
             Ok((marks, file, reason)) => (marks, file, reason),
             Err(_) if is_new => (vec![false; count], None, String::new()),
@@ -99,7 +105,6 @@ impl Activity {
             file: Mutex::new(file),
             bell,
             acknowledged,
-            tick: AtomicU64::new(0),
             is_broken: AtomicBool::new(false),
         };
         Ok((Arc::new(this), opened))
@@ -126,8 +131,7 @@ impl Activity {
 
     /// A write that was begun is over, and is in the log at `lsn` at the latest, if at all.
     pub fn end(&self, range: Range<u64>, lsn: Option<Lsn>) {
-        let tick = self.tick.load(Ordering::Relaxed);
-        self.regions.lock().end(&range, lsn, tick);
+        self.regions.lock().end(&range, lsn);
     }
 
     /// The log lacks what the source has in this range, which is marked.
@@ -194,7 +198,9 @@ impl Activity {
     pub(crate) fn commit(&self) {
         // The file is held from before the bits are taken, so that older bits never follow newer.
         let mut file = self.file.lock();
-        let Some(commit) = self.regions.lock().take_commit(self.is_broken()) else { return };
+        let Some(commit) = self.regions.lock().take_commit(self.is_broken()) else {
+            return;
+        };
         let result = self.write(&mut file, &commit.blocks, &commit.bits);
         if let Err(error) = &result {
             // The writes go on: refusing them would turn a full disk of ours into a failure of
@@ -209,12 +215,7 @@ impl Activity {
         }
     }
 
-    fn write(
-        &self,
-        file: &mut ActivityFile,
-        blocks: &[usize],
-        bits: &[u8],
-    ) -> std::io::Result<()> {
+    fn write(&self, file: &mut ActivityFile, blocks: &[usize], bits: &[u8]) -> std::io::Result<()> {
         if self.is_broken() {
             let (region_bytes, regions) = (file.region_bytes(), bits.len() * 8);
             *file = ActivityFile::create(&self.path, self.disk, region_bytes, regions, bits)?;
@@ -223,12 +224,16 @@ impl Activity {
         for block in blocks {
             file.write_block(*block, bits)?;
         }
-        if blocks.is_empty() { Ok(()) } else { file.sync() }
+        if blocks.is_empty() {
+            Ok(())
+        } else {
+            file.sync()
+        }
     }
 
     /// Counts time in rounds of the worker.
     pub(crate) fn advance(&self) {
-        self.tick.fetch_add(1, Ordering::Relaxed);
+        self.regions.lock().advance();
     }
 
     /// The regions that a flush of the source, begun now, would let go: idle for `idle_ticks`, or
@@ -236,8 +241,9 @@ impl Activity {
     #[must_use]
     pub fn plan_unmark(&self, idle_ticks: u64, marked_bytes_max: u64) -> UnmarkPlan {
         let acknowledged = Lsn(self.acknowledged.load(Ordering::Acquire));
-        let tick = self.tick.load(Ordering::Relaxed);
-        self.regions.lock().plan_unmark(acknowledged, tick, idle_ticks, marked_bytes_max)
+        self.regions
+            .lock()
+            .plan_unmark(acknowledged, idle_ticks, marked_bytes_max)
     }
 
     /// The flush for this plan has succeeded.
@@ -258,7 +264,9 @@ fn read_marks(
         Unusable::Content(what) => format!("the activity log is not usable: {what}"),
     })?;
     let is_marked = |region: u64| {
-        let byte = usize::try_from(region / 8).ok().and_then(|at| found.bits.get(at));
+        let byte = usize::try_from(region / 8)
+            .ok()
+            .and_then(|at| found.bits.get(at));
         byte.is_some_and(|byte| byte >> (region % 8) & 1 == 1)
     };
     let old = file.region_bytes();

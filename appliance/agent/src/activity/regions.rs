@@ -64,12 +64,26 @@ pub(super) struct Regions {
     waiting: Vec<Arc<dyn Resume>>,
     marked: u64,
     taints: u64,
+    /// Rounds of the worker.
+    tick: u64,
+    /// Regions wanted anew one after the other, and where the last of them ended.
+    run: usize,
+    run_end: usize,
 }
+
+/// Regions that are marked ahead of a sequential writer.
+const AHEAD: usize = 16;
+/// Regions, one after the other, that tell that a writer is sequential.
+const RUN: usize = 3;
 
 impl Regions {
     pub(super) fn new(region_bytes: u64, marks: &[bool]) -> Self {
         let region = |is_marked: &bool| Region {
-            mark: if *is_marked { Mark::Durable } else { Mark::Clean },
+            mark: if *is_marked {
+                Mark::Durable
+            } else {
+                Mark::Clean
+            },
             tainted: u64::from(*is_marked),
             writers: 0,
             last_lsn: Lsn::ZERO,
@@ -83,6 +97,9 @@ impl Regions {
             waiting: Vec::new(),
             marked: marks.iter().filter(|is_marked| **is_marked).count() as u64,
             taints: 1,
+            tick: 0,
+            run: 0,
+            run_end: 0,
         }
     }
 
@@ -100,15 +117,20 @@ impl Regions {
         waiter: impl FnOnce() -> Arc<dyn Resume>,
     ) -> bool {
         let mut may_go = true;
-        for place in self.places(range) {
+        let mut is_new = false;
+        let places = self.places(range);
+        for place in places.clone() {
+            is_new |= self.want(place);
             let region = &mut self.regions[place];
             region.writers += 1;
-            if region.mark == Mark::Clean {
-                region.mark = Mark::Wanted;
-                self.marked += 1;
-                self.changed_blocks[place / BLOCK_REGIONS] = true;
-            }
             may_go &= region.mark == Mark::Durable;
+        }
+        if is_new && self.is_sequential(&places) {
+            let ahead = places.end..(places.end + AHEAD).min(self.regions.len());
+            self.run_end = ahead.end;
+            for place in ahead {
+                self.want(place);
+            }
         }
         if !may_go {
             self.waiting.push(waiter());
@@ -116,7 +138,34 @@ impl Regions {
         may_go
     }
 
-    pub(super) fn end(&mut self, range: &Range<u64>, lsn: Option<Lsn>, tick: u64) {
+    /// Wants a mark; says whether it was not wanted before.
+    fn want(&mut self, place: usize) -> bool {
+        let region = &mut self.regions[place];
+        if region.mark != Mark::Clean {
+            return false;
+        }
+        region.mark = Mark::Wanted;
+        region.touched = self.tick;
+        self.marked += 1;
+        self.changed_blocks[place / BLOCK_REGIONS] = true;
+        true
+    }
+
+    /// Notes that regions were wanted anew; says whether a sequential writer did that, whose next
+    /// regions are better marked at once than one by one.
+    fn is_sequential(&mut self, places: &Range<usize>) -> bool {
+        let follows = (self.run_end..=self.run_end + 1).contains(&places.start);
+        self.run = if follows { self.run + 1 } else { 1 };
+        self.run_end = places.end;
+        self.run >= RUN
+    }
+
+    pub(super) fn advance(&mut self) {
+        self.tick += 1;
+    }
+
+    pub(super) fn end(&mut self, range: &Range<u64>, lsn: Option<Lsn>) {
+        let tick = self.tick;
         for place in self.places(range) {
             let region = &mut self.regions[place];
             assert!(region.writers > 0, "a write that ends was begun");
@@ -145,13 +194,8 @@ impl Regions {
     pub(super) fn taint_new(&mut self, range: &Range<u64>) {
         self.taints += 1;
         for place in self.places(range) {
-            let region = &mut self.regions[place];
-            region.tainted = self.taints;
-            if region.mark == Mark::Clean {
-                region.mark = Mark::Wanted;
-                self.marked += 1;
-                self.changed_blocks[place / BLOCK_REGIONS] = true;
-            }
+            self.regions[place].tainted = self.taints;
+            self.want(place);
         }
     }
 
@@ -171,7 +215,11 @@ impl Regions {
             if region.tainted == 0 || start >= disk_bytes {
                 continue;
             }
-            let end = if place == last { disk_bytes } else { start + self.region_bytes };
+            let end = if place == last {
+                disk_bytes
+            } else {
+                start + self.region_bytes
+            };
             match ranges.last_mut() {
                 Some(range) if range.end == start => range.end = end.min(disk_bytes),
                 _ => ranges.push(start..end.min(disk_bytes)),
@@ -211,8 +259,9 @@ impl Regions {
     /// What there is to make durable; `None` when there is nothing, unless `is_forced`.
     pub(super) fn take_commit(&mut self, is_forced: bool) -> Option<Commit> {
         let changed = self.changed_blocks.iter_mut().enumerate();
-        let blocks: Vec<usize> =
-            changed.filter_map(|(block, is)| core::mem::take(is).then_some(block)).collect();
+        let blocks: Vec<usize> = changed
+            .filter_map(|(block, is)| core::mem::take(is).then_some(block))
+            .collect();
         if blocks.is_empty() && self.waiting.is_empty() && !is_forced {
             return None;
         }
@@ -224,7 +273,11 @@ impl Regions {
                 region.mark = Mark::Committing;
             }
         }
-        Some(Commit { blocks, bits, waiting: core::mem::take(&mut self.waiting) })
+        Some(Commit {
+            blocks,
+            bits,
+            waiting: core::mem::take(&mut self.waiting),
+        })
     }
 
     /// The marks of a commit are durable.
@@ -239,7 +292,6 @@ impl Regions {
     pub(super) fn plan_unmark(
         &self,
         acknowledged: Lsn,
-        tick: u64,
         idle_ticks: u64,
         marked_bytes_max: u64,
     ) -> UnmarkPlan {
@@ -257,10 +309,12 @@ impl Regions {
         let over = self.marked_bytes().saturating_sub(marked_bytes_max);
         let evict = over.div_ceil(self.region_bytes);
         let is_due = |(count, (touched, ..)): &(u64, &(u64, usize, Lsn))| {
-            *count < evict || touched + idle_ticks <= tick
+            *count < evict || touched + idle_ticks <= self.tick
         };
         let due = (0..).zip(candidates.iter()).filter(is_due);
-        UnmarkPlan { regions: due.map(|(_, (_, place, lsn))| (*place, *lsn)).collect() }
+        UnmarkPlan {
+            regions: due.map(|(_, (_, place, lsn))| (*place, *lsn)).collect(),
+        }
     }
 
     pub(super) fn unmark(&mut self, plan: &UnmarkPlan) {

@@ -70,11 +70,16 @@ impl Worker {
             is_stopping: AtomicBool::new(false),
             config,
         });
-        let thread = std::thread::Builder::new().name("activity".to_owned()).spawn({
-            let shared = Arc::clone(&shared);
-            move || shared.run()
-        })?;
-        Ok(Self { shared, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("activity".to_owned())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || shared.run()
+            })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// What wakes it.
@@ -85,14 +90,21 @@ impl Worker {
 
     /// Takes care of one more log.
     pub fn add(&self, activity: Arc<Activity>, source: Arc<dyn BlockDevice>) {
-        let entry = Entry { activity, source, is_flushing: Arc::default() };
+        let entry = Entry {
+            activity,
+            source,
+            is_flushing: Arc::default(),
+        };
         self.shared.entries.lock().push(entry);
         self.shared.bell.ring();
     }
 
     /// Forgets a log.
     pub fn remove(&self, activity: &Arc<Activity>) {
-        self.shared.entries.lock().retain(|entry| !Arc::ptr_eq(&entry.activity, activity));
+        self.shared
+            .entries
+            .lock()
+            .retain(|entry| !Arc::ptr_eq(&entry.activity, activity));
     }
 }
 
@@ -196,4 +208,3 @@ pub fn settle(
     activity.commit();
     Ok(())
 }
-

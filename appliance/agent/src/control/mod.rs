@@ -45,7 +45,9 @@ impl ControlSocket {
     /// `Locked` when an agent answers there.
     pub fn bind(path: &Path) -> Result<Self, AgentError> {
         if UnixStream::connect(path).is_ok() {
-            return Err(AgentError::Locked { path: path.to_owned() });
+            return Err(AgentError::Locked {
+                path: path.to_owned(),
+            });
         }
         let bind = || {
             if let Some(parent) = path.parent() {
@@ -60,7 +62,10 @@ impl ControlSocket {
             Ok(listener)
         };
         let listener = bind().map_err(AgentError::file("listen on", path))?;
-        Ok(Self { path: path.to_owned(), listener })
+        Ok(Self {
+            path: path.to_owned(),
+            listener,
+        })
     }
 
     /// Serves requests until it is dropped.
@@ -96,7 +101,9 @@ async fn list(State(machine): Shared) -> Response {
 
 async fn show(State(machine): Shared, UrlPath(name): UrlPath<String>) -> Response {
     blocking(move || {
-        let disk = machine.disk_named(&name).ok_or(AgentError::NoSuchDisk { name })?;
+        let disk = machine
+            .disk_named(&name)
+            .ok_or(AgentError::NoSuchDisk { name })?;
         Ok(machine.show(&disk))
     })
     .await
@@ -110,11 +117,7 @@ async fn attach(State(machine): Shared, body: Bytes) -> Response {
     blocking(move || machine.attach(&request).map(|disk| machine.show(&disk))).await
 }
 
-async fn protect(
-    State(machine): Shared,
-    UrlPath(name): UrlPath<String>,
-    body: Bytes,
-) -> Response {
+async fn protect(State(machine): Shared, UrlPath(name): UrlPath<String>, body: Bytes) -> Response {
     if !body.is_empty()
         && let Err(error) = parse::<ProtectDisk>(&body)
     {

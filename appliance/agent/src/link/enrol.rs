@@ -41,13 +41,19 @@ fn refused(message: &str, hint: &str) -> AgentError {
 }
 
 fn crypto(error: &rcgen::Error) -> AgentError {
-    AgentError::Tls { what: format!("cannot make a certificate request: {error}") }
+    AgentError::Tls {
+        what: format!("cannot make a certificate request: {error}"),
+    }
 }
 
 fn signing_request(key: &KeyPair, agent: AgentId) -> Result<String, AgentError> {
     let mut params = CertificateParams::new(Vec::new()).map_err(|error| crypto(&error))?;
-    params.distinguished_name.push(DnType::CommonName, agent.to_string());
-    let request = params.serialize_request(key).map_err(|error| crypto(&error))?;
+    params
+        .distinguished_name
+        .push(DnType::CommonName, agent.to_string());
+    let request = params
+        .serialize_request(key)
+        .map_err(|error| crypto(&error))?;
     request.pem().map_err(|error| crypto(&error))
 }
 
@@ -70,7 +76,10 @@ pub async fn enrol(
         Err(error) => return Err(error),
     }
     let Some(token) = TokenText::parse(&request.token) else {
-        return Err(refused("this is not an enrolment token", "copy the token as a whole"));
+        return Err(refused(
+            "this is not an enrolment token",
+            "copy the token as a whole",
+        ));
     };
     let port = ControlPort {
         host: request.host.clone(),
@@ -88,8 +97,12 @@ pub async fn enrol(
         request_pem: signing_request(&key, agent)?,
     };
     let answer: Enrolled = port.post("/v1/enrol", &question).await?;
-    let authority = CertificateDer::from_pem_slice(answer.authority_pem.as_bytes())
-        .map_err(|error| AgentError::Tls { what: format!("the authority: {error:?}") })?;
+    let authority =
+        CertificateDer::from_pem_slice(answer.authority_pem.as_bytes()).map_err(|error| {
+            AgentError::Tls {
+                what: format!("the authority: {error:?}"),
+            }
+        })?;
     if blake3::hash(&authority) != token.fingerprint {
         return Err(AgentError::Tls {
             what: "the appliance sent another authority than the token names".to_owned(),
@@ -97,7 +110,10 @@ pub async fn enrol(
     }
     replace(&state.path("agent.key"), key.serialize_pem().as_bytes())?;
     replace(&state.path("agent.pem"), answer.certificate_pem.as_bytes())?;
-    replace(&state.path("authority.pem"), answer.authority_pem.as_bytes())?;
+    replace(
+        &state.path("authority.pem"),
+        answer.authority_pem.as_bytes(),
+    )?;
     let identity = Identity {
         version: Identity::VERSION,
         agent,
@@ -117,13 +133,18 @@ pub async fn enrol(
 /// # Errors
 /// When the file cannot be read.
 pub fn lifetime(certificate: &Path) -> Result<(i64, i64), AgentError> {
-    let damaged = |what: String| AgentError::Damaged { path: certificate.to_owned(), what };
+    let damaged = |what: String| AgentError::Damaged {
+        path: certificate.to_owned(),
+        what,
+    };
     let der = CertificateDer::from_pem_file(certificate)
         .map_err(|error| damaged(format!("{error:?}")))?;
-    let (_, parsed) = x509_parser::parse_x509_certificate(&der)
-        .map_err(|error| damaged(error.to_string()))?;
-    let (begin, end) =
-        (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
+    let (_, parsed) =
+        x509_parser::parse_x509_certificate(&der).map_err(|error| damaged(error.to_string()))?;
+    let (begin, end) = (
+        parsed.validity().not_before.timestamp(),
+        parsed.validity().not_after.timestamp(),
+    );
     Ok((begin + (end - begin) / 3 * 2, end))
 }
 
@@ -146,7 +167,9 @@ pub async fn renew(
         tls: agent_config(&state.path("authority.pem"), &certificate, &key_path)?,
         timeout,
     };
-    let question = Renew { request_pem: signing_request(&key, identity.agent)? };
+    let question = Renew {
+        request_pem: signing_request(&key, identity.agent)?,
+    };
     let answer: Renewed = port.post("/v1/renew", &question).await?;
     replace(&certificate, answer.certificate_pem.as_bytes())
 }

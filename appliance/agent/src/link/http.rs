@@ -49,7 +49,10 @@ impl ControlPort {
         let server = address(&self.host, self.port);
         match tokio::time::timeout(self.timeout, self.exchange(path, question)).await {
             Ok(result) => result,
-            Err(_) => Err(AgentError::Unreachable { server, what: "no answer in time".to_owned() }),
+            Err(_) => Err(AgentError::Unreachable {
+                server,
+                what: "no answer in time".to_owned(),
+            }),
         }
     }
 
@@ -63,7 +66,9 @@ impl ControlPort {
             server: server.clone(),
             what: what.to_string(),
         };
-        let stream = TcpStream::connect(&server).await.map_err(|error| gone(&error))?;
+        let stream = TcpStream::connect(&server)
+            .await
+            .map_err(|error| gone(&error))?;
         let stream = TlsConnector::from(Arc::clone(&self.tls))
             .connect(server_name(&self.host)?, stream)
             .await
@@ -79,10 +84,17 @@ impl ControlPort {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| gone(&error))?;
-        let answer = requests.send_request(request).await.map_err(|error| gone(&error))?;
+        let answer = requests
+            .send_request(request)
+            .await
+            .map_err(|error| gone(&error))?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX);
-        let bytes = body.collect().await.map_err(|error| gone(&error))?.to_bytes();
+        let bytes = body
+            .collect()
+            .await
+            .map_err(|error| gone(&error))?
+            .to_bytes();
         connection.abort();
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| gone(&error));
@@ -98,7 +110,9 @@ impl ControlPort {
 
 /// Tells a stranger from a failed connection.
 pub(super) fn handshake_error(server: &str, error: &std::io::Error) -> AgentError {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let cause = error
+        .get_ref()
+        .and_then(|cause| cause.downcast_ref::<rustls::Error>());
     match cause {
         Some(rustls::Error::InvalidCertificate(cause)) => AgentError::Tls {
             what: format!(
@@ -108,6 +122,9 @@ pub(super) fn handshake_error(server: &str, error: &std::io::Error) -> AgentErro
         Some(rustls::Error::AlertReceived(alert)) => AgentError::Tls {
             what: format!("{server} refuses this agent's certificate: {alert:?}; enrol again"),
         },
-        _ => AgentError::Unreachable { server: server.to_owned(), what: error.to_string() },
+        _ => AgentError::Unreachable {
+            server: server.to_owned(),
+            what: error.to_string(),
+        },
     }
 }

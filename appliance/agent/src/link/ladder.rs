@@ -19,7 +19,11 @@ impl Ladder {
     /// A ladder at its first step.
     #[must_use]
     pub fn new(base: Duration, jitter_percent: u32) -> Self {
-        Self { base, jitter_percent: jitter_percent.min(100), step: 0 }
+        Self {
+            base,
+            jitter_percent: jitter_percent.min(100),
+            step: 0,
+        }
     }
 
     /// Goes back to the first step.
@@ -58,6 +62,10 @@ mod tests {
         assert_eq!(waits, [1, 2, 4, 8, 10, 30, 30, 30]);
         ladder.reset();
         assert_eq!(minutes(&mut ladder), 1);
-        assert_eq!(ladder.climb(&Fixed(255)), Duration::from_secs(96), "20 % less than 2 min");
+        assert_eq!(
+            ladder.climb(&Fixed(255)),
+            Duration::from_secs(96),
+            "20 % less than 2 min"
+        );
     }
 }

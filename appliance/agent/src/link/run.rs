@@ -7,9 +7,7 @@ use std::time::Duration;
 use afterimage_blockdev::{Entropy, ErrorClass};
 use afterimage_protocol::Refusal;
 use afterimage_protocol::message::{DiskDescription, SourceReport};
-use afterimage_protocol::sender::{
-    RecordSource, SenderError, SenderEvent, StreamIdentity,
-};
+use afterimage_protocol::sender::{RecordSource, SenderError, SenderEvent, StreamIdentity};
 use rustls::ClientConfig;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -80,7 +78,10 @@ impl SessionEnd {
     #[must_use]
     pub fn broken(what: &str) -> Self {
         let reason = format!("connection lost: {what}");
-        Self { reason, next: NextAttempt::WhenBack }
+        Self {
+            reason,
+            next: NextAttempt::WhenBack,
+        }
     }
 
     /// The appliance refused.
@@ -90,7 +91,10 @@ impl SessionEnd {
             ErrorClass::Retry => NextAttempt::WhenBack,
             _ => NextAttempt::Ladder,
         };
-        Self { reason: refusal.to_string(), next }
+        Self {
+            reason: refusal.to_string(),
+            next,
+        }
     }
 
     pub(super) fn from_error(error: &SenderError) -> Self {
@@ -98,7 +102,10 @@ impl SessionEnd {
             ErrorClass::Retry => NextAttempt::WhenBack,
             _ => NextAttempt::Ladder,
         };
-        Self { reason: error.to_string(), next }
+        Self {
+            reason: error.to_string(),
+            next,
+        }
     }
 }
 
@@ -139,7 +146,10 @@ pub async fn run<H: LinkHost>(
                     ErrorClass::Retry => NextAttempt::WhenBack,
                     _ => NextAttempt::Ladder,
                 };
-                SessionEnd { reason: error.to_string(), next }
+                SessionEnd {
+                    reason: error.to_string(),
+                    next,
+                }
             }
         };
         if host.is_stopping() {
@@ -185,13 +195,19 @@ async fn connect(
     target: &Target,
     at_most: Duration,
 ) -> Result<tokio_rustls::client::TlsStream<TcpStream>, AgentError> {
-    let tls: Arc<ClientConfig> =
-        agent_config(&target.authority, &target.certificate, &target.key)?;
+    let tls: Arc<ClientConfig> = agent_config(&target.authority, &target.certificate, &target.key)?;
     let server = target.address.clone();
-    let gone = |what: String| AgentError::Unreachable { server: server.clone(), what };
+    let gone = |what: String| AgentError::Unreachable {
+        server: server.clone(),
+        what,
+    };
     let attempt = async {
-        let stream = TcpStream::connect(&server).await.map_err(|error| gone(error.to_string()))?;
-        stream.set_nodelay(true).map_err(|error| gone(error.to_string()))?;
+        let stream = TcpStream::connect(&server)
+            .await
+            .map_err(|error| gone(error.to_string()))?;
+        stream
+            .set_nodelay(true)
+            .map_err(|error| gone(error.to_string()))?;
         let name = server_name(&target.host)?;
         let connected = TlsConnector::from(tls).connect(name, stream).await;
         connected.map_err(|error| handshake_error(&server, &error))

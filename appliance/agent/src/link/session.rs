@@ -25,18 +25,21 @@ struct Session<H> {
 }
 
 /// Serves a connection until it ends.
-pub(super) async fn serve<H, S>(
-    host: Arc<H>,
-    stream: S,
-    config: &LinkConfig,
-) -> SessionEnd
+pub(super) async fn serve<H, S>(host: Arc<H>, stream: S, config: &LinkConfig) -> SessionEnd
 where
     H: LinkHost,
     S: AsyncRead + AsyncWrite + Send + 'static,
 {
     let sender = Sender::new(host.identity(), host.declared());
-    let state = State { sender, heard: Instant::now(), waits_since: None };
-    let session = Arc::new(Session { host, state: Mutex::new(state) });
+    let state = State {
+        sender,
+        heard: Instant::now(),
+        waits_since: None,
+    };
+    let session = Arc::new(Session {
+        host,
+        state: Mutex::new(state),
+    });
     let (reading, writing) = tokio::io::split(stream);
     let mut reader = tokio::spawn({
         let session = Arc::clone(&session);
@@ -78,11 +81,7 @@ impl<H: LinkHost> Session<H> {
         Ok(())
     }
 
-    async fn write(
-        &self,
-        mut stream: impl AsyncWrite + Unpin,
-        config: &LinkConfig,
-    ) -> SessionEnd {
+    async fn write(&self, mut stream: impl AsyncWrite + Unpin, config: &LinkConfig) -> SessionEnd {
         let mut source = self.host.source();
         let mut ticks = tokio::time::interval(ms(config.report_interval_ms));
         let silence = ms(config.silence_ms);
@@ -117,11 +116,15 @@ impl<H: LinkHost> Session<H> {
         while let Some(outgoing) = self.next(source) {
             is_flushed = false;
             let written = tokio::time::timeout(silence, write_message(stream, &outgoing)).await;
-            written.map_err(|_| "the appliance takes nothing")?.map_err(|e| e.to_string())?;
+            written
+                .map_err(|_| "the appliance takes nothing")?
+                .map_err(|e| e.to_string())?;
         }
         if !is_flushed {
             let flushed = tokio::time::timeout(silence, stream.flush()).await;
-            flushed.map_err(|_| "the appliance takes nothing")?.map_err(|e| e.to_string())?;
+            flushed
+                .map_err(|_| "the appliance takes nothing")?
+                .map_err(|e| e.to_string())?;
         }
         Ok(())
     }
@@ -164,10 +167,16 @@ impl<H: LinkHost> Session<H> {
 
 async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> Result<FromReceiver, String> {
     let mut prefix = [0; PREFIX_BYTES];
-    stream.read_exact(&mut prefix).await.map_err(|error| error.to_string())?;
+    stream
+        .read_exact(&mut prefix)
+        .await
+        .map_err(|error| error.to_string())?;
     let length = wire::decode_prefix(prefix).map_err(|error| error.to_string())?;
     let mut bytes = vec![0; length];
-    stream.read_exact(&mut bytes).await.map_err(|error| error.to_string())?;
+    stream
+        .read_exact(&mut bytes)
+        .await
+        .map_err(|error| error.to_string())?;
     wire::decode(&bytes).map_err(|error| error.to_string())
 }
 

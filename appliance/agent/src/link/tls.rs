@@ -20,7 +20,9 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn tls(error: impl core::fmt::Display) -> AgentError {
-    AgentError::Tls { what: error.to_string() }
+    AgentError::Tls {
+        what: error.to_string(),
+    }
 }
 
 /// The verifier of one authority.
@@ -69,9 +71,10 @@ impl ServerCertVerifier for Pinned {
             Anchor::Authority(verifier) => Arc::clone(verifier),
             Anchor::Fingerprint(fingerprint) => {
                 let is_it = |der: &&CertificateDer<'_>| blake3::hash(der) == *fingerprint;
-                let authority = intermediates.iter().find(is_it).ok_or(
-                    Error::InvalidCertificate(CertificateError::UnknownIssuer),
-                )?;
+                let authority = intermediates
+                    .iter()
+                    .find(is_it)
+                    .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
                 verifier_of(authority.clone().into_owned())?
             }
         };
@@ -104,16 +107,20 @@ impl ServerCertVerifier for Pinned {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
-type WantsCertificate =
-    rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>;
+type WantsCertificate = rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>;
 
 fn builder(anchor: Anchor) -> Result<WantsCertificate, AgentError> {
     let provider = provider();
-    let pinned = Pinned { anchor, provider: Arc::clone(&provider) };
+    let pinned = Pinned {
+        anchor,
+        provider: Arc::clone(&provider),
+    };
     Ok(ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(tls)?
@@ -126,7 +133,9 @@ fn builder(anchor: Anchor) -> Result<WantsCertificate, AgentError> {
 /// # Errors
 /// When the settings do not fit together.
 pub fn enrolment_config(fingerprint: [u8; 32]) -> Result<Arc<ClientConfig>, AgentError> {
-    Ok(Arc::new(builder(Anchor::Fingerprint(fingerprint))?.with_no_client_auth()))
+    Ok(Arc::new(
+        builder(Anchor::Fingerprint(fingerprint))?.with_no_client_auth(),
+    ))
 }
 
 /// For all later contacts: trusts the authority on file, shows the agent's certificate.
@@ -140,7 +149,10 @@ pub fn agent_config(
 ) -> Result<Arc<ClientConfig>, AgentError> {
     let wrong = |path: &Path, error: rustls_pki_types::pem::Error| match error {
         rustls_pki_types::pem::Error::Io(source) => AgentError::file("read", path)(source),
-        error => AgentError::Damaged { path: path.to_owned(), what: format!("{error:?}") },
+        error => AgentError::Damaged {
+            path: path.to_owned(),
+            what: format!("{error:?}"),
+        },
     };
     let anchor = CertificateDer::from_pem_file(authority).map_err(|e| wrong(authority, e))?;
     let anchor = Anchor::Authority(verifier_of(anchor).map_err(tls)?);
@@ -148,7 +160,9 @@ pub fn agent_config(
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|error| wrong(certificate, error))?;
     let key = PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error))?;
-    let config = builder(anchor)?.with_client_auth_cert(chain, key).map_err(tls)?;
+    let config = builder(anchor)?
+        .with_client_auth_cert(chain, key)
+        .map_err(tls)?;
     Ok(Arc::new(config))
 }
 

@@ -24,8 +24,16 @@ const NAME_BYTES_MAX: usize = 64;
 pub(crate) fn check_name(name: &str) -> Result<(), AgentError> {
     let is_legal = (1..=NAME_BYTES_MAX).contains(&name.len())
         && !name.starts_with('.')
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-    if is_legal { Ok(()) } else { Err(AgentError::Name { name: name.to_owned() }) }
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if is_legal {
+        Ok(())
+    } else {
+        Err(AgentError::Name {
+            name: name.to_owned(),
+        })
+    }
 }
 
 impl Machine {
@@ -37,7 +45,9 @@ impl Machine {
         let _changing = self.changing.lock();
         check_name(&request.name)?;
         if self.disk_named(&request.name).is_some() {
-            return Err(AgentError::NameTaken { name: request.name.clone() });
+            return Err(AgentError::NameTaken {
+                name: request.name.clone(),
+            });
         }
         let path = source::find(&request.source)?;
         for disk in self.disks() {
@@ -61,7 +71,9 @@ impl Machine {
             });
         }
         let saved = SavedDisk {
-            disk: known.as_ref().map_or_else(|| DiskId(self.entropy.identity()), |k| k.disk),
+            disk: known
+                .as_ref()
+                .map_or_else(|| DiskId(self.entropy.identity()), |k| k.disk),
             name: request.name.clone(),
             source: path.display().to_string(),
             size_bytes: geometry.size_bytes,
@@ -114,8 +126,10 @@ impl Machine {
 
     fn attach_loop(&self, name: &str, block_bytes: u32) -> Result<LoopDevice, AgentError> {
         let file = self.state.path("fuse").join(TapTree::file_name(name));
-        let options =
-            LoopOptions { logical_block_bytes: block_bytes, ..LoopOptions::default() };
+        let options = LoopOptions {
+            logical_block_bytes: block_bytes,
+            ..LoopOptions::default()
+        };
         let device = LoopDevice::attach(&file, options)?;
         let link = self.link_path(name);
         let make = || {
@@ -163,7 +177,9 @@ impl Machine {
     /// `NoSuchDisk`, or `InUse` while its device is.
     pub fn detach(&self, name: &str) -> Result<(), AgentError> {
         let _changing = self.changing.lock();
-        let missing = || AgentError::NoSuchDisk { name: name.to_owned() };
+        let missing = || AgentError::NoSuchDisk {
+            name: name.to_owned(),
+        };
         let disk = self.disk_named(name).ok_or_else(missing)?;
         self.hide(&disk)?;
         if let Some(capture) = disk.tap.as_ref().and_then(|tap| tap.captured_by()) {

@@ -31,7 +31,12 @@ pub(super) struct Bridge {
 
 impl Bridge {
     pub(super) fn new(wake: Arc<Notify>, keeper: Arc<Bell>) -> Arc<Self> {
-        Arc::new(Self { wake, keeper, order: OnceLock::new(), state: Mutex::default() })
+        Arc::new(Self {
+            wake,
+            keeper,
+            order: OnceLock::new(),
+            state: Mutex::default(),
+        })
     }
 
     /// Tells it whose flow it may stop.
@@ -74,9 +79,14 @@ impl Bridge {
 
     /// Stops the flow, with a reason for people.
     pub(super) fn stop_flow(&self, reason: &str) {
-        let Some(order) = self.order.get() else { return };
+        let Some(order) = self.order.get() else {
+            return;
+        };
         if order.stop_flow() {
-            tracing::error!(reason, "writes are no longer recorded, only marked for a resync");
+            tracing::error!(
+                reason,
+                "writes are no longer recorded, only marked for a resync"
+            );
             reason.clone_into(&mut self.state.lock().overflow);
         }
         self.keeper.ring();

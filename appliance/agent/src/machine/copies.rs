@@ -24,9 +24,9 @@ impl Machine {
 
     /// Says whether the appliance has answered for every protected disk.
     pub(crate) fn has_answers(&self) -> bool {
-        self.disks().iter().all(|disk| {
-            !disk.saved.lock().is_protected || disk.state.lock().answer.is_some()
-        })
+        self.disks()
+            .iter()
+            .all(|disk| !disk.saved.lock().is_protected || disk.state.lock().answer.is_some())
     }
 
     /// The appliance knows best whether it holds a copy.
@@ -39,7 +39,10 @@ impl Machine {
                 && saved.is_copied
                 && !answer.has_copy
             {
-                tracing::warn!(disk = saved.name, "the appliance holds no copy; one is made");
+                tracing::warn!(
+                    disk = saved.name,
+                    "the appliance holds no copy; one is made"
+                );
                 saved.is_copied = false;
             }
         }
@@ -59,9 +62,16 @@ impl Machine {
     pub(crate) fn disks_in_open_batch(&self) -> Vec<Arc<Disk>> {
         let mut disks = self.disks();
         disks.retain(|disk| {
-            let is_captured = disk.tap.as_ref().is_some_and(|tap| tap.captured_by().is_some());
+            let is_captured = disk
+                .tap
+                .as_ref()
+                .is_some_and(|tap| tap.captured_by().is_some());
             let state = disk.state.lock();
-            is_captured && state.answer.as_ref().is_some_and(|answer| answer.is_in_batch)
+            is_captured
+                && state
+                    .answer
+                    .as_ref()
+                    .is_some_and(|answer| answer.is_in_batch)
         });
         disks
     }

@@ -33,8 +33,12 @@ pub struct Progress {
 
 impl Progress {
     fn rate(&self) -> u64 {
-        let Some(since) = self.since.filter(|_| self.is_running) else { return 0 };
-        let ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+        let Some(since) = self.since.filter(|_| self.is_running) else {
+            return 0;
+        };
+        let ms = u64::try_from(since.elapsed().as_millis())
+            .unwrap_or(u64::MAX)
+            .max(1);
         self.done_bytes.saturating_mul(1000) / ms
     }
 }
@@ -139,7 +143,10 @@ impl Disk {
         let state = self.state.lock();
         let mut reasons: Vec<&str> = vec![&state.reason, &state.stale_device];
         reasons.retain(|reason| !reason.is_empty());
-        let device = state.device.as_ref().map(|device| device.path().display().to_string());
+        let device = state
+            .device
+            .as_ref()
+            .map(|device| device.path().display().to_string());
         let progress = state.progress;
         TappedDisk {
             name: saved.name,

@@ -54,7 +54,11 @@ impl Machine {
     /// The record that begins a batch of these disks.
     pub(crate) fn batch_begin(&self, batch: BatchId, disks: &[Arc<Disk>]) -> Draft {
         let is_initial = disks.iter().any(|disk| !disk.saved.lock().is_copied);
-        let kind = if is_initial { BatchKind::Initial } else { BatchKind::Resync };
+        let kind = if is_initial {
+            BatchKind::Initial
+        } else {
+            BatchKind::Resync
+        };
         let note = disks.iter().flat_map(|disk| disk.id.0).collect();
         Draft::note(RecordKind::BatchBegin(kind), batch, 0, note)
     }
@@ -63,16 +67,27 @@ impl Machine {
     pub(super) fn begin_epoch(&self) -> Result<(), AgentError> {
         let first = self.order.next();
         self.epoch_first.store(first.0, Ordering::Release);
-        let mut drafts =
-            vec![Draft::note(RecordKind::EpochStart, BatchId(0), 0, Vec::new())];
+        let mut drafts = vec![Draft::note(
+            RecordKind::EpochStart,
+            BatchId(0),
+            0,
+            Vec::new(),
+        )];
         let disks = self.disks_in_need();
-        let batch = if disks.is_empty() { None } else { Some(self.next_batch()?) };
+        let batch = if disks.is_empty() {
+            None
+        } else {
+            Some(self.next_batch()?)
+        };
         drafts.extend(batch.map(|batch| self.batch_begin(batch, &disks)));
         let last = self.order.begin_flow(drafts);
         self.bridge.flows();
         let ids = disks.iter().map(|disk| disk.id).collect();
-        *self.begun.lock() =
-            batch.zip(last).map(|(batch, lsn)| Begun { batch, lsn, disks: ids });
+        *self.begun.lock() = batch.zip(last).map(|(batch, lsn)| Begun {
+            batch,
+            lsn,
+            disks: ids,
+        });
         self.outbox.nudge();
         Ok(())
     }
@@ -80,7 +95,10 @@ impl Machine {
     /// Gives the present epoch up and begins the next one, above `above`. What was not acknowledged
     /// is dropped; it lies within marked regions, and all of those are compared.
     pub(super) fn restart_epoch(&self, reason: &str, above: Lsn) -> Result<(), AgentError> {
-        tracing::error!(reason, "a new epoch begins, and marked regions are compared");
+        tracing::error!(
+            reason,
+            "a new epoch begins, and marked regions are compared"
+        );
         let _restarting = self.restarting.lock();
         self.order.stop_flow();
         let reserve = self.config.state.reserve_lsns;
@@ -90,7 +108,10 @@ impl Machine {
             counters.reserved = Lsn(counters.reserved.0.max(next.0 + reserve));
             (counters.epoch, counters.reserved)
         })?;
-        let identity = FrameIdentity { epoch, ..self.order.identity() };
+        let identity = FrameIdentity {
+            epoch,
+            ..self.order.identity()
+        };
         self.generation.fetch_add(1, Ordering::AcqRel);
         let dropped_bytes = self.order.restart(identity, next);
         self.order.reserve(reserved);

@@ -69,9 +69,7 @@ impl LinkHost for Host {
 
     fn declared(&self) -> Vec<DiskDescription> {
         let mut disks = self.0.disks();
-        disks.retain(|disk| {
-            disk.saved.lock().is_protected || disk.state.lock().wants_protection
-        });
+        disks.retain(|disk| disk.saved.lock().is_protected || disk.state.lock().wants_protection);
         disks.iter().map(|disk| disk.description()).collect()
     }
 
@@ -87,7 +85,11 @@ impl LinkHost for Host {
         let machine = &self.0;
         match event {
             SenderEvent::Welcome { time } => machine.clock.learn(time),
-            SenderEvent::Opened { durable, highest, tag_key } => {
+            SenderEvent::Opened {
+                durable,
+                highest,
+                tag_key,
+            } => {
                 machine.opened(durable, highest)?;
                 machine.keys.set_tag(TagKey(tag_key));
             }
@@ -108,7 +110,11 @@ impl LinkHost for Host {
             SenderEvent::Differences { number, differs } => {
                 machine.outbox.answer(number, differs);
             }
-            SenderEvent::MarkWanted { request, kind, name } => {
+            SenderEvent::MarkWanted {
+                request,
+                kind,
+                name,
+            } => {
                 machine.place_mark(request, kind, name);
             }
             SenderEvent::Paused(refusal) => {
@@ -135,7 +141,10 @@ impl LinkHost for Host {
     fn stop_reason(&self) -> Option<SessionEnd> {
         let is_outdated = self.0.link.lock().is_outdated;
         let reason = "a new epoch begins".to_owned();
-        is_outdated.then_some(SessionEnd { reason, next: NextAttempt::Now })
+        is_outdated.then_some(SessionEnd {
+            reason,
+            next: NextAttempt::Now,
+        })
     }
 
     fn wake(&self) -> &Notify {
@@ -185,10 +194,14 @@ impl Machine {
         // What was unmarked was unmarked for records that are not there, or for others' records.
         self.taint_everything();
         match self.restart_epoch(reason, highest) {
-            Ok(()) => Err(SessionEnd { reason: reason.to_owned(), next: NextAttempt::Now }),
-            Err(error) => {
-                Err(SessionEnd { reason: error.to_string(), next: NextAttempt::Ladder })
-            }
+            Ok(()) => Err(SessionEnd {
+                reason: reason.to_owned(),
+                next: NextAttempt::Now,
+            }),
+            Err(error) => Err(SessionEnd {
+                reason: error.to_string(),
+                next: NextAttempt::Ladder,
+            }),
         }
     }
 
@@ -209,8 +222,13 @@ impl Machine {
     }
 
     fn disk_answered(&self, answer: DiskAnswer) {
-        let key = DiskKey { id: KeyId(answer.key), secret: answer.secret };
-        let Some(disk) = self.disk(answer.disk) else { return };
+        let key = DiskKey {
+            id: KeyId(answer.key),
+            secret: answer.secret,
+        };
+        let Some(disk) = self.disk(answer.disk) else {
+            return;
+        };
         self.keys.set_disk(answer.disk, key);
         let ids: Vec<_> = self.disks().iter().map(|disk| disk.id).collect();
         if let Err(error) = save_keys(&self.state, &self.keys, ids) {
@@ -238,7 +256,10 @@ impl Machine {
         let oldest = self.order.acknowledged(self.acknowledged());
         let holding = self.store.holding();
         let is_flowing = self.order.is_flowing();
-        let reports = self.disks().into_iter().filter_map(|disk| disk.report(is_flowing));
+        let reports = self
+            .disks()
+            .into_iter()
+            .filter_map(|disk| disk.report(is_flowing));
         SourceReport {
             captured,
             time: self.clock.now(),

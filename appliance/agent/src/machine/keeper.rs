@@ -13,7 +13,9 @@ impl Machine {
     /// Starts the keeper; it ends when the agent stops.
     pub(super) fn start_keeper(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
         let machine = Arc::clone(self);
-        std::thread::Builder::new().name("keeper".to_owned()).spawn(move || machine.keep())
+        std::thread::Builder::new()
+            .name("keeper".to_owned())
+            .spawn(move || machine.keep())
     }
 
     fn keep(&self) {
@@ -41,7 +43,13 @@ impl Machine {
     }
 
     fn is_low_on_lsns(&self) -> bool {
-        let left = self.counters.lock().1.reserved.0.saturating_sub(self.order.next().0);
+        let left = self
+            .counters
+            .lock()
+            .1
+            .reserved
+            .0
+            .saturating_sub(self.order.next().0);
         left < self.config.state.reserve_lsns / 2
     }
 

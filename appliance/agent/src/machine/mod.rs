@@ -21,8 +21,8 @@ mod stop;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
 use afterimage_blockdev::{DirectoryLock, DiskId, Entropy, Lsn};
 use afterimage_export::FuseMount;
@@ -38,13 +38,13 @@ use crate::export::TapTree;
 use crate::order::Order;
 use crate::pipeline::{FrameStore, Keys, LogSpool, SealPool};
 use crate::replicate::{Begun, Outbox};
+use crate::state::StateDir;
 use crate::state::counters::{CounterFile, Counters};
 use crate::state::identity::Identity;
-use crate::state::StateDir;
 use crate::tap::Capture;
 use crate::tap::admission::Admission;
-use bridge::Bridge;
 pub(crate) use attach::check_name;
+use bridge::Bridge;
 pub use disk::{Disk, DiskState, Progress};
 
 /// What the connection is to the agent.

@@ -19,13 +19,17 @@ impl Machine {
     /// `NoSuchDisk`, `NotConnected`, or the appliance's refusal.
     pub fn protect(&self, name: &str) -> Result<Arc<Disk>, AgentError> {
         let _changing = self.changing.lock();
-        let missing = || AgentError::NoSuchDisk { name: name.to_owned() };
+        let missing = || AgentError::NoSuchDisk {
+            name: name.to_owned(),
+        };
         let disk = self.disk_named(name).ok_or_else(missing)?;
         if disk.saved.lock().is_protected || disk.tap.is_none() {
             return Ok(disk);
         }
         disk.state.lock().wants_protection = true;
-        let result = self.declare(&disk).and_then(|()| self.begin_protection(&disk));
+        let result = self
+            .declare(&disk)
+            .and_then(|()| self.begin_protection(&disk));
         disk.state.lock().wants_protection = false;
         if result.is_err() {
             // The appliance may have ended the stream because of this disk alone.
@@ -38,7 +42,9 @@ impl Machine {
         {
             let mut link = self.link.lock();
             if !link.is_streaming {
-                return Err(AgentError::NotConnected { reason: link.reason.clone() });
+                return Err(AgentError::NotConnected {
+                    reason: link.reason.clone(),
+                });
             }
             link.refusal = None;
             link.declares.push(disk.description());
@@ -83,7 +89,9 @@ impl Machine {
             self.activity.remove(&capture.activity);
             return Err(error);
         }
-        self.waiting_captures.lock().push((Arc::clone(disk), capture));
+        self.waiting_captures
+            .lock()
+            .push((Arc::clone(disk), capture));
         self.outbox.nudge();
         Ok(())
     }
@@ -109,12 +117,21 @@ impl Machine {
         )?;
         if opened.marked > 0 {
             let name = disk.name();
-            tracing::info!(disk = name, regions = opened.marked, "marked regions are compared");
+            tracing::info!(
+                disk = name,
+                regions = opened.marked,
+                "marked regions are compared"
+            );
         }
         if !opened.reason.is_empty() {
-            tracing::warn!(disk = disk.name(), reason = opened.reason, "more is compared");
+            tracing::warn!(
+                disk = disk.name(),
+                reason = opened.reason,
+                "more is compared"
+            );
         }
-        self.activity.add(Arc::clone(&activity), Arc::clone(&source));
+        self.activity
+            .add(Arc::clone(&activity), Arc::clone(&source));
         Ok(Arc::new(Capture {
             disk: disk.id,
             place: self.order.add_disk(),

@@ -19,7 +19,11 @@ pub(super) struct Source {
 }
 
 fn refuse(path: &Path, what: impl Into<String>) -> AgentError {
-    AgentError::Source { path: path.to_owned(), what: what.into(), class: ErrorClass::Refused }
+    AgentError::Source {
+        path: path.to_owned(),
+        what: what.into(),
+        class: ErrorClass::Refused,
+    }
 }
 
 /// Finds the source that a person means.
@@ -31,18 +35,27 @@ pub(super) fn find(text: &str) -> Result<PathBuf, AgentError> {
     if !path.is_absolute() {
         return Err(refuse(path, "an absolute path is needed"));
     }
-    let path = path.canonicalize().map_err(|error| refuse(path, error.to_string()))?;
-    let metadata = path.metadata().map_err(|error| refuse(&path, error.to_string()))?;
+    let path = path
+        .canonicalize()
+        .map_err(|error| refuse(path, error.to_string()))?;
+    let metadata = path
+        .metadata()
+        .map_err(|error| refuse(&path, error.to_string()))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(refuse(&path, "it is neither an image file nor a block device"));
+        return Err(refuse(
+            &path,
+            "it is neither an image file nor a block device",
+        ));
     }
     Ok(path)
 }
 
 /// Says whether two paths are the same file or device.
 pub(super) fn is_same(a: &Path, b: &Path) -> bool {
-    let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) else { return a == b };
+    let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) else {
+        return a == b;
+    };
     if a.file_type().is_block_device() && b.file_type().is_block_device() {
         return a.rdev() == b.rdev();
     }
@@ -59,17 +72,25 @@ pub(super) fn open(path: &Path, config: &TapConfig) -> Result<Source, AgentError
         what,
         class: ErrorClass::Operator,
     };
-    let metadata = path.metadata().map_err(|error| refuse(path, error.to_string()))?;
+    let metadata = path
+        .metadata()
+        .map_err(|error| refuse(path, error.to_string()))?;
     let is_file = metadata.file_type().is_file();
     let mut lock = None;
     if is_file {
         let users = LoopDevice::list()?;
         if let Some(user) = users.iter().find(|user| is_same(&user.backing, path)) {
-            return Err(in_use(format!("/dev/loop{} uses it; detach that first", user.number)));
+            return Err(in_use(format!(
+                "/dev/loop{} uses it; detach that first",
+                user.number
+            )));
         }
         lock = Some(lock_image(path).map_err(in_use)?);
     }
-    let options = DeviceOptions { queue_depth: config.source_depth, ..DeviceOptions::default() };
+    let options = DeviceOptions {
+        queue_depth: config.source_depth,
+        ..DeviceOptions::default()
+    };
     let device = RealDevice::open(path, options).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => in_use("it is mounted or held by something else".to_owned()),
         _ => in_use(error.to_string()),
@@ -85,7 +106,11 @@ pub(super) fn open(path: &Path, config: &TapConfig) -> Result<Source, AgentError
 }
 
 fn lock_image(path: &Path) -> Result<File, String> {
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| e.to_string())?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|e| e.to_string())?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err("another agent or program holds it".to_owned()),

@@ -29,10 +29,10 @@ use crate::order::{Draft, Order, OrderStart, Payload, PortionOptions};
 use crate::pipeline::sealer::{SealJob, level_for_cores};
 use crate::pipeline::{FrameStore, Keys, LogSpool, SealPool, SpoolEvents, StoreLimits};
 use crate::replicate::Outbox;
+use crate::state::StateDir;
 use crate::state::counters::{CounterFile, Counters};
 use crate::state::disks::{SavedDisk, SavedDisks, load_keys};
 use crate::state::identity::Identity;
-use crate::state::StateDir;
 use crate::tap::Tap;
 use crate::tap::admission::Admission;
 
@@ -58,7 +58,12 @@ impl Machine {
     /// # Errors
     /// `Locked`, `NotEnrolled`, and whatever cannot be read or made.
     pub fn start(parts: Parts) -> Result<Arc<Self>, AgentError> {
-        let Parts { config, state, clock: system_clock, entropy } = parts;
+        let Parts {
+            config,
+            state,
+            clock: system_clock,
+            entropy,
+        } = parts;
         let root = state.root().to_owned();
         let lock = DirectoryLock::acquire(&root)
             .map_err(AgentError::file("lock", &root))?
@@ -77,8 +82,10 @@ impl Machine {
             origin: identity.agent,
             epoch: counters.epoch,
         };
-        let clock =
-            Arc::new(ApplianceClock::new(Arc::clone(&system_clock), counters.wall_offset_ns));
+        let clock = Arc::new(ApplianceClock::new(
+            Arc::clone(&system_clock),
+            counters.wall_offset_ns,
+        ));
         let keeper_bell: Arc<Bell> = Arc::default();
         let wake = Arc::new(Notify::new());
         let bridge = Bridge::new(Arc::clone(&wake), Arc::clone(&keeper_bell));
@@ -100,8 +107,14 @@ impl Machine {
         let order = Order::new(start, Arc::clone(&clock), portions, half, low_on_lsns);
         let order = Arc::new(order);
         bridge.set_order(Arc::clone(&order));
-        let (spool, store) =
-            start_store(&config, &state, counters.epoch, &bridge, &system_clock, &*entropy)?;
+        let (spool, store) = start_store(
+            &config,
+            &state,
+            counters.epoch,
+            &bridge,
+            &system_clock,
+            &*entropy,
+        )?;
         let outbox_wake = Arc::clone(&wake);
         let machine = Arc::new(Self {
             admission: Arc::new(Admission::new(config.pipeline.captured_bytes_max)),
@@ -125,7 +138,10 @@ impl Machine {
             replicator: Mutex::default(),
             keeper: Mutex::default(),
             mount: Mutex::default(),
-            link: Mutex::new(Link { reason: "not connected yet".to_owned(), ..Link::default() }),
+            link: Mutex::new(Link {
+                reason: "not connected yet".to_owned(),
+                ..Link::default()
+            }),
             wake,
             retry_now: Notify::new(),
             keeper_bell,
@@ -209,7 +225,13 @@ impl Machine {
                 (None, None)
             }
         };
-        let disk = Disk { id, saved: Mutex::new(saved), state: Mutex::new(state), tap, _lock: lock };
+        let disk = Disk {
+            id,
+            saved: Mutex::new(saved),
+            state: Mutex::new(state),
+            tap,
+            _lock: lock,
+        };
         if is_protected
             && disk.tap.is_some()
             && let Err(error) = self.resume_capture(&disk)
@@ -298,7 +320,11 @@ impl Machine {
                     "{device} of an agent that died is still mounted at {place}; unmount it and \
                      mount the new device"
                 );
-                tracing::warn!(device, place, "a device of an agent that died is still mounted");
+                tracing::warn!(
+                    device,
+                    place,
+                    "a device of an agent that died is still mounted"
+                );
                 in_use.push((file.to_string_lossy().into_owned(), text));
             } else {
                 left.push(device);
@@ -341,15 +367,17 @@ fn start_store(
     let root = state.path("spool");
     let storage = RealStorage::open(&root, RealOptions::default())
         .map_err(AgentError::file("open", &root))?;
-    let capacity = afterimage_blockdev::wait::storage(
-        &*storage,
-        afterimage_blockdev::StorageOp::Capacity,
-    )?;
+    let capacity =
+        afterimage_blockdev::wait::storage(&*storage, afterimage_blockdev::StorageOp::Capacity)?;
     let total = match capacity {
         afterimage_blockdev::StorageOutcome::Capacity(capacity) => capacity.total_bytes,
         _ => 0,
     };
-    let bytes_max = if config.spool.bytes_max > 0 { config.spool.bytes_max } else { total / 10 };
+    let bytes_max = if config.spool.bytes_max > 0 {
+        config.spool.bytes_max
+    } else {
+        total / 10
+    };
     let limits = StoreLimits {
         memory_bytes: config.pipeline.sealed_bytes_max,
         writing_bytes: config.spool.read_ahead_bytes,
@@ -370,6 +398,8 @@ fn start_store(
     };
     let told: Arc<dyn SpoolEvents> = Arc::<FrameStore>::clone(&store);
     let storage: Arc<dyn afterimage_blockdev::Storage> = storage;
-    spool.start(storage, options, Arc::clone(clock), told).map_err(system("start a thread"))?;
+    spool
+        .start(storage, options, Arc::clone(clock), told)
+        .map_err(system("start a thread"))?;
     Ok((spool, store))
 }

@@ -24,7 +24,12 @@ impl Sealers {
     /// Makes a thread's sealers.
     #[must_use]
     pub fn new(keys: Arc<Keys>, entropy: Arc<dyn Entropy>) -> Self {
-        Self { keys, entropy, effort: Effort::Zstd(1), disks: HashMap::new() }
+        Self {
+            keys,
+            entropy,
+            effort: Effort::Zstd(1),
+            disks: HashMap::new(),
+        }
     }
 
     /// Sets how hard to compress from now on.
@@ -109,7 +114,11 @@ impl SealJob {
     fn run(&self) {
         let mut sealers = Sealers::new(Arc::clone(&self.keys), Arc::clone(&self.entropy));
         while let Some(portion) = self.order.take() {
-            sealers.set_effort(effort_for(portion.waiting, self.waiting_max, self.level_max));
+            sealers.set_effort(effort_for(
+                portion.waiting,
+                self.waiting_max,
+                self.level_max,
+            ));
             let frame = sealers.seal(&portion);
             let (ticket, cost) = (portion.ticket, portion.cost);
             drop(portion);
@@ -134,9 +143,13 @@ impl SealPool {
         let start = |number: usize| {
             let job = Arc::clone(&job);
             let name = format!("seal-{number}");
-            std::thread::Builder::new().name(name).spawn(move || job.run())
+            std::thread::Builder::new()
+                .name(name)
+                .spawn(move || job.run())
         };
-        Ok(Self { threads: (0..threads).map(start).collect::<Result<_, _>>()? })
+        Ok(Self {
+            threads: (0..threads).map(start).collect::<Result<_, _>>()?,
+        })
     }
 
     /// Waits for the threads to end.

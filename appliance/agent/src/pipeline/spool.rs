@@ -101,7 +101,10 @@ impl LogSpool {
     /// Makes a spool that is begun with [`LogSpool::start`]; until then it only takes notes.
     #[must_use]
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { shared: Arc::default(), thread: Mutex::new(None) })
+        Arc::new(Self {
+            shared: Arc::default(),
+            thread: Mutex::new(None),
+        })
     }
 
     /// Starts the spool's thread. `options.directory` must be empty.
@@ -153,12 +156,14 @@ impl Spool for LogSpool {
     }
 
     fn load(&self, place: SpoolPlace, last: Lsn) {
-        self.shared.tell(|inbox| inbox.loads.push_back((place, last)));
+        self.shared
+            .tell(|inbox| inbox.loads.push_back((place, last)));
     }
 
     fn trim(&self, place: SpoolPlace) {
         let through = place.location.sequence;
-        self.shared.tell(|inbox| inbox.trim_through = inbox.trim_through.max(through));
+        self.shared
+            .tell(|inbox| inbox.trim_through = inbox.trim_through.max(through));
     }
 }
 
@@ -238,14 +243,19 @@ impl Runner {
         }
         for frame in work.appends {
             let frame = Arc::try_unwrap(frame).unwrap_or_else(|shared| (*shared).clone());
-            self.step(LogInput::Append { token: Token(0), frame });
+            self.step(LogInput::Append {
+                token: Token(0),
+                frame,
+            });
         }
         for (place, last) in work.loads {
             self.load(place, last);
         }
         if self.is_ready && work.trim_through > self.released_through {
             self.released_through = work.trim_through;
-            self.step(LogInput::Release { through_sequence: work.trim_through });
+            self.step(LogInput::Release {
+                through_sequence: work.trim_through,
+            });
         }
         if self.wake_at.is_some_and(|at| at <= self.clock.monotonic()) {
             self.wake_at = None;
@@ -268,10 +278,16 @@ impl Runner {
                 self.storage.submit(token, op, to);
             }
             LogOutput::Ready { .. } => self.is_ready = true,
-            LogOutput::Durable { location, frame, .. } => {
-                let place = SpoolPlace { location, bytes: frame.bytes.len() };
+            LogOutput::Durable {
+                location, frame, ..
+            } => {
+                let place = SpoolPlace {
+                    location,
+                    bytes: frame.bytes.len(),
+                };
                 let header = &frame.header;
-                self.events.written(header.identity.epoch, header.last, place);
+                self.events
+                    .written(header.identity.epoch, header.last, place);
             }
             LogOutput::Released { segment } => {
                 if let Some(file) = self.files.remove(&segment) {
@@ -318,7 +334,11 @@ impl Runner {
         let start = place.location.offset / SECTOR * SECTOR;
         let end = (place.location.offset + place.bytes as u64).next_multiple_of(SECTOR);
         let length = usize::try_from(end - start).expect("a frame has at most 16 MiB");
-        let op = StorageOp::Read { file, offset: start, buffer: IoBuffer::zeroed(length) };
+        let op = StorageOp::Read {
+            file,
+            offset: start,
+            buffer: IoBuffer::zeroed(length),
+        };
         let to = Arc::clone(&self.shared);
         self.storage.submit(token, op, to);
     }
@@ -327,7 +347,9 @@ impl Runner {
         if let Some(segment) = self.opens.remove(&completion.token) {
             return self.opened(segment, completion);
         }
-        let Some((place, last)) = self.reads.remove(&completion.token) else { return };
+        let Some((place, last)) = self.reads.remove(&completion.token) else {
+            return;
+        };
         match completion.result {
             Ok(StorageOutcome::Read(buffer)) => self.read(place, last, &buffer),
             Ok(_) => {}
@@ -364,7 +386,14 @@ impl Runner {
             Ok(frame) => self.events.loaded(place, last, frame),
             Err(damage) => {
                 let (segment, offset) = (location.segment, location.offset);
-                self.lost(place, CacheError::Damaged { segment, offset, damage });
+                self.lost(
+                    place,
+                    CacheError::Damaged {
+                        segment,
+                        offset,
+                        damage,
+                    },
+                );
             }
         }
     }

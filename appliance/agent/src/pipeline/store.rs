@@ -128,8 +128,17 @@ impl FrameStore {
         spool: Arc<dyn Spool>,
         events: Arc<dyn StoreEvents>,
     ) -> Arc<Self> {
-        let state = Mutex::new(State { epoch, ..State::default() });
-        Arc::new(Self { state, room: Condvar::new(), limits, spool, events })
+        let state = Mutex::new(State {
+            epoch,
+            ..State::default()
+        });
+        Arc::new(Self {
+            state,
+            room: Condvar::new(),
+            limits,
+            spool,
+            events,
+        })
     }
 
     /// Takes a sealed frame. Waits while the spool is slow, but never for the link.
@@ -180,14 +189,21 @@ impl FrameStore {
             self.spool.append(Arc::clone(&frame));
             Held::Writing(frame)
         };
-        state.entries.push_back(Entry { first, last, bytes, held });
+        state.entries.push_back(Entry {
+            first,
+            last,
+            bytes,
+            held,
+        });
     }
 
     /// The first frame with a record above `after`.
     pub fn next(&self, after: Lsn) -> NextFrame {
         let mut state = self.state.lock();
         let place = state.entries.partition_point(|entry| entry.last <= after);
-        let Some(entry) = state.entries.get(place) else { return NextFrame::None };
+        let Some(entry) = state.entries.get(place) else {
+            return NextFrame::None;
+        };
         match &entry.held {
             Held::Memory(frame) | Held::Writing(frame) | Held::Loaded(frame, _) => {
                 NextFrame::Ready(Arc::clone(frame))
@@ -220,7 +236,11 @@ impl FrameStore {
         let mut state = self.state.lock();
         state.acknowledged = state.acknowledged.max(durable);
         let mut trimmed = None;
-        while state.entries.front().is_some_and(|entry| entry.last <= durable) {
+        while state
+            .entries
+            .front()
+            .is_some_and(|entry| entry.last <= durable)
+        {
             if let Some(entry) = state.entries.pop_front() {
                 trimmed = state.forget(&entry).or(trimmed);
             }
@@ -242,12 +262,22 @@ impl FrameStore {
     pub fn restart(&self, epoch: Epoch, acknowledged: Lsn) {
         let mut state = self.state.lock();
         let tickets = (state.next_ticket, core::mem::take(&mut state.early));
-        let last = state.entries.iter().rev().find_map(|entry| match entry.held {
-            Held::Spooled(place) | Held::Loading(place) | Held::Loaded(_, place) => Some(place),
-            Held::Memory(_) | Held::Writing(_) => None,
-        });
+        let last = state
+            .entries
+            .iter()
+            .rev()
+            .find_map(|entry| match entry.held {
+                Held::Spooled(place) | Held::Loading(place) | Held::Loaded(_, place) => Some(place),
+                Held::Memory(_) | Held::Writing(_) => None,
+            });
         let (is_paused, is_dead) = (state.is_paused, state.is_dead);
-        *state = State { epoch, acknowledged, is_paused, is_dead, ..State::default() };
+        *state = State {
+            epoch,
+            acknowledged,
+            is_paused,
+            is_dead,
+            ..State::default()
+        };
         (state.next_ticket, state.early) = tickets;
         drop(state);
         self.room.notify_all();
@@ -313,7 +343,9 @@ impl State {
 
     fn entry_of(&mut self, last: Lsn) -> Option<&mut Entry> {
         let place = self.entries.partition_point(|entry| entry.last < last);
-        self.entries.get_mut(place).filter(|entry| entry.last == last)
+        self.entries
+            .get_mut(place)
+            .filter(|entry| entry.last == last)
     }
 }
 

@@ -5,9 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage_blockdev::{
-    BLOCK_BYTES, BlockOp, BlockOutcome, CELL_BYTES, ExtentKind, Lsn, wait,
-};
+use afterimage_blockdev::{BLOCK_BYTES, BlockOp, BlockOutcome, CELL_BYTES, ExtentKind, Lsn, wait};
 use afterimage_cache::bytes::is_all_zero;
 use afterimage_cache::seal::content_tag;
 use afterimage_cache::{RecordHeader, RecordKind};
@@ -51,13 +49,21 @@ pub(super) struct Copier {
 impl Copier {
     pub(super) fn new(machine: &Arc<Machine>) -> Self {
         let rate = Rate::new(machine.config().replicate.rate_bytes_per_s);
-        Self { machine: Arc::clone(machine), sealers: machine.sealers(), rate }
+        Self {
+            machine: Arc::clone(machine),
+            sealers: machine.sealers(),
+            rate,
+        }
     }
 
     /// Copies until every disk of the batch is equal, then ends the batch.
     pub(super) fn copy(&mut self, begun: Begun) -> Result<(), GivenUp> {
         let generation = self.machine.generation();
-        let mut batch = Batch { begun, generation, settled: Vec::new() };
+        let mut batch = Batch {
+            begun,
+            generation,
+            settled: Vec::new(),
+        };
         let result = self.work(&mut batch);
         for id in &batch.begun.disks {
             if let Some(disk) = self.machine.disk(*id) {
@@ -131,19 +137,26 @@ impl Copier {
     }
 
     fn capture_of(disk: &Disk) -> Option<Arc<Capture>> {
-        disk.tap.as_ref().and_then(|tap| tap.captured_by()).map(Arc::clone)
+        disk.tap
+            .as_ref()
+            .and_then(|tap| tap.captured_by())
+            .map(Arc::clone)
     }
 
     /// Brings one disk over: marked regions by comparison, the rest of a first copy in full.
     fn copy_disk(&mut self, batch: &mut Batch, disk: &Arc<Disk>) -> Result<(), GivenUp> {
-        let Some(capture) = Self::capture_of(disk) else { return Ok(()) };
+        let Some(capture) = Self::capture_of(disk) else {
+            return Ok(());
+        };
         let size = capture.source.geometry().size_bytes.next_multiple_of(BLOCK);
         let taints = capture.activity.taints();
         let tainted = capture.activity.tainted(size);
         let (is_copied, done) = {
             let state = disk.state.lock();
             let done = state.answer.as_ref().filter(|answer| answer.is_in_batch);
-            let done = done.map(|answer| answer.bulk_done.clone()).unwrap_or_default();
+            let done = done
+                .map(|answer| answer.bulk_done.clone())
+                .unwrap_or_default();
             (disk.saved.lock().is_copied, done)
         };
         let mut fresh = Vec::new();
@@ -181,8 +194,14 @@ impl Copier {
     /// A disk of the batch, or another one, that was tainted while the batch went on.
     fn tainted_since(&self, batch: &Batch) -> Option<Arc<Disk>> {
         let is_new = |disk: &Arc<Disk>| {
-            let Some(capture) = Self::capture_of(disk) else { return false };
-            let seen = batch.settled.iter().rev().find(|(other, ..)| other.id == disk.id);
+            let Some(capture) = Self::capture_of(disk) else {
+                return false;
+            };
+            let seen = batch
+                .settled
+                .iter()
+                .rev()
+                .find(|(other, ..)| other.id == disk.id);
             match seen {
                 Some((_, _, taints)) => {
                     capture.activity.taints() > *taints && capture.activity.is_tainted()
@@ -199,7 +218,9 @@ impl Copier {
         {
             return self.copy_disk(batch, disk);
         }
-        let Some(capture) = Self::capture_of(disk) else { return Ok(()) };
+        let Some(capture) = Self::capture_of(disk) else {
+            return Ok(());
+        };
         let size = capture.source.geometry().size_bytes.next_multiple_of(BLOCK);
         let taints = capture.activity.taints();
         let tainted = capture.activity.tainted(size);
@@ -216,7 +237,9 @@ impl Copier {
                 Ok(_) => return Ok(()),
                 Err(error) => tracing::error!(%error, "the source cannot be flushed"),
             }
-            self.machine.outbox().wait(self.machine.outbox().changes(), SOURCE_RETRY);
+            self.machine
+                .outbox()
+                .wait(self.machine.outbox().changes(), SOURCE_RETRY);
         }
     }
 
@@ -258,9 +281,17 @@ impl Copier {
         let Some(key) = self.machine.tag_key() else {
             return Err(GivenUp("the tag key is not known"));
         };
-        let tags = bytes.chunks_exact(BLOCK_BYTES).map(|block| content_tag(&key, block)).collect();
+        let tags = bytes
+            .chunks_exact(BLOCK_BYTES)
+            .map(|block| content_tag(&key, block))
+            .collect();
         let first_block = range.start / BLOCK;
-        let question = |number| Question { number, disk: disk.id, first_block, tags };
+        let question = |number| Question {
+            number,
+            disk: disk.id,
+            first_block,
+            tags,
+        };
         let number = self.machine.outbox().ask(question);
         let mut state = disk.state.lock();
         state.progress.done_bytes += range.end - range.start;
@@ -275,7 +306,9 @@ impl Copier {
         capture: &Capture,
         asked: &mut VecDeque<Asked>,
     ) -> Result<(), GivenUp> {
-        let Some(first) = asked.front() else { return Ok(()) };
+        let Some(first) = asked.front() else {
+            return Ok(());
+        };
         let differs = loop {
             let changes = self.machine.outbox().changes();
             self.check(batch)?;
@@ -305,7 +338,9 @@ impl Copier {
                 Ok(read) => return Ok(read),
                 Err(error) => tracing::error!(%error, "the source cannot be read"),
             }
-            self.machine.outbox().wait(self.machine.outbox().changes(), SOURCE_RETRY);
+            self.machine
+                .outbox()
+                .wait(self.machine.outbox().changes(), SOURCE_RETRY);
         }
     }
 
@@ -347,7 +382,8 @@ impl Copier {
         let pipeline = &self.machine.config().pipeline;
         let level = level_for_cores(pipeline.compress_level_max);
         let waiting = self.machine.order().waiting_bytes();
-        self.sealers.set_effort(effort_for(waiting, pipeline.captured_bytes_max, level));
+        self.sealers
+            .set_effort(effort_for(waiting, pipeline.captured_bytes_max, level));
         let identity = self.machine.order().identity();
         let frame = seal_bulk(&mut self.sealers, identity, records);
         self.check(batch)?;
@@ -414,10 +450,15 @@ fn used(capture: &Capture, ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     for range in ranges {
         let unit = u64::from(capture.source.geometry().logical_block_bytes);
         let end = range.end.min(size) / unit * unit;
-        let op = BlockOp::Extents { offset: range.start, length: end - range.start };
+        let op = BlockOp::Extents {
+            offset: range.start,
+            length: end - range.start,
+        };
         match wait::device(capture.source.as_ref(), op) {
             Ok(BlockOutcome::Extents(extents)) => {
-                let data = extents.iter().filter(|extent| extent.kind == ExtentKind::Data);
+                let data = extents
+                    .iter()
+                    .filter(|extent| extent.kind == ExtentKind::Data);
                 used.extend(data.map(|extent| {
                     let start = (extent.offset / CELL * CELL).max(range.start);
                     let end = (extent.offset + extent.length).next_multiple_of(CELL);
@@ -434,7 +475,11 @@ fn used(capture: &Capture, ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 /// The runs of blocks that differ, as byte ranges.
 fn runs(differs: &[bool], start: u64) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for (at, _) in (start..).step_by(BLOCK_BYTES).zip(differs).filter(|(_, differs)| **differs) {
+    for (at, _) in (start..)
+        .step_by(BLOCK_BYTES)
+        .zip(differs)
+        .filter(|(_, differs)| **differs)
+    {
         match runs.last_mut() {
             Some(run) if run.end == at => run.end = at + BLOCK,
             _ => runs.push(at..at + BLOCK),
@@ -472,7 +517,10 @@ struct Rate {
 
 impl Rate {
     fn new(bytes_per_s: u64) -> Self {
-        Self { bytes_per_s, free_at: Instant::now() }
+        Self {
+            bytes_per_s,
+            free_at: Instant::now(),
+        }
     }
 
     fn spend(&mut self, bytes: u64) {

@@ -43,7 +43,9 @@ pub struct Begun {
 /// When the system gives no thread.
 pub fn start(machine: &Arc<Machine>) -> std::io::Result<JoinHandle<()>> {
     let machine = Arc::clone(machine);
-    std::thread::Builder::new().name("replicate".to_owned()).spawn(move || run(&machine))
+    std::thread::Builder::new()
+        .name("replicate".to_owned())
+        .spawn(move || run(&machine))
 }
 
 fn run(machine: &Arc<Machine>) {
@@ -54,7 +56,9 @@ fn run(machine: &Arc<Machine>) {
             Some(begun) => {
                 if let Err(given_up) = copier.copy(begun) {
                     tracing::info!(reason = given_up.0, "a copy was given up for now");
-                    machine.outbox().wait(machine.outbox().changes(), LOOK_AGAIN);
+                    machine
+                        .outbox()
+                        .wait(machine.outbox().changes(), LOOK_AGAIN);
                 }
             }
             None => machine.outbox().wait(changes, LOOK_AGAIN),

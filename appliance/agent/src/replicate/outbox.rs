@@ -38,8 +38,15 @@ impl Outbox {
     /// Makes an empty one; `available` is called when there is something new to send.
     #[must_use]
     pub fn new(available: Box<dyn Fn() + Send + Sync>) -> Self {
-        let state = State { next_number: 1, ..State::default() };
-        Self { state: Mutex::new(state), changed: Condvar::new(), available }
+        let state = State {
+            next_number: 1,
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            available,
+        }
     }
 
     /// Adds a bulk frame that may leave once the record at `after` has.
@@ -48,7 +55,13 @@ impl Outbox {
             let mut state = self.state.lock();
             let number = state.number();
             state.bulk_bytes += frame.bytes.len();
-            state.bulk.insert(number, Bulk { after, frame: Arc::new(frame) });
+            state.bulk.insert(
+                number,
+                Bulk {
+                    after,
+                    frame: Arc::new(frame),
+                },
+            );
         }
         (self.available)();
     }
@@ -142,7 +155,11 @@ impl Outbox {
         let state = self.state.lock();
         let (number, bulk) = state.bulk.range(number.checked_add(1)?..).next()?;
         let bytes = FrameBytes(Arc::clone(&bulk.frame));
-        Some(SourceBulk { number: *number, after: bulk.after, bytes })
+        Some(SourceBulk {
+            number: *number,
+            after: bulk.after,
+            bytes,
+        })
     }
 
     /// The first question above `number`.

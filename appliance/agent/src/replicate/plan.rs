@@ -49,9 +49,12 @@ pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
     for (disk, capture) in waiting {
         if let Some(tap) = &disk.tap {
             let (sender, settled) = crossbeam::channel::bounded(1);
-            tap.capture(capture, Box::new(move || {
-                let _gone = sender.send(());
-            }));
+            tap.capture(
+                capture,
+                Box::new(move || {
+                    let _gone = sender.send(());
+                }),
+            );
             // Writes that passed uncaptured end by themselves; bulk is read only afterwards.
             let _disconnected = settled.recv();
         }

@@ -45,6 +45,8 @@ pub fn total(ranges: &[Range<u64>]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::single_range_in_vec_init)]
+
     use super::*;
 
     #[test]

@@ -3,9 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use afterimage_blockdev::{
-    BLOCK_BYTES, BlockError, BlockOp, BlockOutcome, IoBuffer, Lsn, wait,
-};
+use afterimage_blockdev::{BLOCK_BYTES, BlockError, BlockOp, BlockOutcome, IoBuffer, Lsn, wait};
 use crossbeam::channel::{Sender, bounded};
 
 use crate::tap::Capture;
@@ -32,7 +30,10 @@ pub(super) struct Read {
 /// Reads whole blocks while no write to them is under way.
 pub(super) fn read_locked(capture: &Capture, range: &Range<u64>) -> Result<Read, BlockError> {
     let (sender, held) = bounded(1);
-    if !capture.ranges.lock(range.clone(), &Arc::new(Signal(sender))) {
+    if !capture
+        .ranges
+        .lock(range.clone(), &Arc::new(Signal(sender)))
+    {
         // Whoever holds it gives it back when its write ends.
         let _disconnected = held.recv();
     }
@@ -41,7 +42,11 @@ pub(super) fn read_locked(capture: &Capture, range: &Range<u64>) -> Result<Read,
     for next in capture.ranges.unlock(range) {
         next.resume();
     }
-    result.map(|bytes| Read { bytes, lsn, previous })
+    result.map(|bytes| Read {
+        bytes,
+        lsn,
+        previous,
+    })
 }
 
 /// Reads whole blocks, whoever writes them.
@@ -49,7 +54,10 @@ pub(super) fn read_plain(capture: &Capture, range: &Range<u64>) -> Result<Vec<u8
     let size = capture.source.geometry().size_bytes;
     let whole = usize::try_from(range.end - range.start).expect("a chunk fits in memory");
     let wanted = usize::try_from(range.end.min(size) - range.start).expect("a chunk fits");
-    let op = BlockOp::Read { offset: range.start, buffer: IoBuffer::zeroed(wanted) };
+    let op = BlockOp::Read {
+        offset: range.start,
+        buffer: IoBuffer::zeroed(wanted),
+    };
     let mut bytes = match wait::device(capture.source.as_ref(), op)? {
         BlockOutcome::Data(buffer) => buffer.to_vec(),
         _ => Vec::new(),

@@ -136,7 +136,12 @@ impl CounterFile {
             .open(path)
             .map_err(failed("open"))?;
         let length = file.metadata().map_err(failed("read"))?.len();
-        let mut this = Self { path: path.to_owned(), file, generation: 0, is_b: true };
+        let mut this = Self {
+            path: path.to_owned(),
+            file,
+            generation: 0,
+            is_b: true,
+        };
         let mut best: Option<(u64, bool, Counters)> = None;
         let mut is_empty = true;
         for is_b in [false, true] {
@@ -145,7 +150,9 @@ impl CounterFile {
                 continue;
             }
             let mut bytes = vec![0; COPY];
-            this.file.read_exact_at(&mut bytes, at).map_err(failed("read"))?;
+            this.file
+                .read_exact_at(&mut bytes, at)
+                .map_err(failed("read"))?;
             is_empty &= bytes.iter().all(|byte| *byte == 0);
             if let Some((generation, counters)) = Counters::decode(&bytes)
                 && best.is_none_or(|(best, ..)| generation > best)
@@ -158,7 +165,10 @@ impl CounterFile {
                 let is_ours = counters.machine == fresh.machine;
                 if !is_ours {
                     let what = "it belongs to another machine".to_owned();
-                    return Err(AgentError::Damaged { path: path.to_owned(), what });
+                    return Err(AgentError::Damaged {
+                        path: path.to_owned(),
+                        what,
+                    });
                 }
                 (this.generation, this.is_b) = (generation, is_b);
                 Ok((this, counters))
@@ -175,7 +185,10 @@ impl CounterFile {
             }
             None => {
                 let what = "neither of its two copies is whole".to_owned();
-                Err(AgentError::Damaged { path: path.to_owned(), what })
+                Err(AgentError::Damaged {
+                    path: path.to_owned(),
+                    what,
+                })
             }
         }
     }
@@ -219,8 +232,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("counters");
         let (mut file, counters) = CounterFile::open(&path, fresh()).unwrap();
-        let one = Counters { reserved: Lsn(100), epoch: Epoch(1), ..counters };
-        let two = Counters { reserved: Lsn(200), wall_offset_ns: -5, ..one };
+        let one = Counters {
+            reserved: Lsn(100),
+            epoch: Epoch(1),
+            ..counters
+        };
+        let two = Counters {
+            reserved: Lsn(200),
+            wall_offset_ns: -5,
+            ..one
+        };
         file.save(&one).unwrap();
         file.save(&two).unwrap();
         assert_eq!(CounterFile::open(&path, fresh()).unwrap().1, two);
@@ -228,7 +249,12 @@ mod tests {
         let place = CounterFile::place(file.is_b);
         file.file.write_all_at(&[0xff; 64], place + 64).unwrap();
         assert_eq!(CounterFile::open(&path, fresh()).unwrap().1, one);
-        file.file.write_all_at(&[0xff; 64], 4096 - place + 64).unwrap();
-        assert!(matches!(CounterFile::open(&path, fresh()), Err(AgentError::Damaged { .. })));
+        file.file
+            .write_all_at(&[0xff; 64], 4096 - place + 64)
+            .unwrap();
+        assert!(matches!(
+            CounterFile::open(&path, fresh()),
+            Err(AgentError::Damaged { .. })
+        ));
     }
 }

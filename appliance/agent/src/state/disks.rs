@@ -49,7 +49,10 @@ impl SavedDisks {
     /// When the file cannot be read or is damaged.
     pub fn load(state: &StateDir) -> Result<Self, AgentError> {
         let path = state.path("disks.json");
-        let disks: Self = load_json(&path)?.unwrap_or(Self { version: 1, disks: Vec::new() });
+        let disks: Self = load_json(&path)?.unwrap_or(Self {
+            version: 1,
+            disks: Vec::new(),
+        });
         if disks.version != 1 {
             let what = format!("version {} is not known here", disks.version);
             return Err(AgentError::Damaged { path, what });
@@ -92,7 +95,13 @@ pub fn load_keys(state: &StateDir, keys: &Keys) -> Result<(), AgentError> {
     }
     for (disk, key) in saved.disks {
         let Ok(disk) = disk.parse() else { continue };
-        keys.set_disk(disk, DiskKey { id: KeyId(key.id), secret: key.secret });
+        keys.set_disk(
+            disk,
+            DiskKey {
+                id: KeyId(key.id),
+                secret: key.secret,
+            },
+        );
     }
     Ok(())
 }
@@ -108,7 +117,13 @@ pub fn save_keys(
 ) -> Result<(), AgentError> {
     let saved = |disk: DiskId| {
         let key = keys.disk(disk)?;
-        Some((disk.to_string(), SavedKey { id: key.id.0, secret: key.secret }))
+        Some((
+            disk.to_string(),
+            SavedKey {
+                id: key.id.0,
+                secret: key.secret,
+            },
+        ))
     };
     let saved = SavedKeys {
         version: 1,

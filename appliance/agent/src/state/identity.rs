@@ -41,7 +41,9 @@ impl Identity {
     /// `NotEnrolled` when there is none.
     pub fn load(state: &StateDir) -> Result<Self, AgentError> {
         let path = state.path("identity.json");
-        let missing = || AgentError::NotEnrolled { path: state.root().to_owned() };
+        let missing = || AgentError::NotEnrolled {
+            path: state.root().to_owned(),
+        };
         let identity: Self = load_json(&path)?.ok_or_else(missing)?;
         if identity.version != VERSION {
             let what = format!("version {} is not known here", identity.version);
@@ -74,5 +76,9 @@ impl Identity {
 /// Puts host and port together.
 #[must_use]
 pub fn address(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
 }

@@ -46,7 +46,9 @@ impl StateDir {
                 .map_err(AgentError::file("create", path))
         };
         make(root)?;
-        let root = root.canonicalize().map_err(AgentError::file("find", root))?;
+        let root = root
+            .canonicalize()
+            .map_err(AgentError::file("find", root))?;
         for directory in ["activity", "spool"] {
             make(&root.join(directory))?;
         }
@@ -98,7 +100,8 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), AgentError> {
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
-        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        path.parent()
+            .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
     };
     write().map_err(AgentError::file("write", path))
 }

@@ -36,8 +36,11 @@ impl Admission {
     }
 
     fn try_take(&self, bytes: usize) -> bool {
-        let take = |used: usize| (used == 0 || used + bytes <= self.bytes_max).then(|| used + bytes);
-        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
+        let take =
+            |used: usize| (used == 0 || used + bytes <= self.bytes_max).then(|| used + bytes);
+        self.used
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
+            .is_ok()
     }
 
     /// Lets `bytes` in. When there is no room, `who` resumes as soon as there is. Returns whether

@@ -36,7 +36,11 @@ impl Tap {
     /// Puts a tap in front of a source; nothing is captured yet.
     #[must_use]
     pub fn new(source: Arc<dyn BlockDevice>) -> Arc<Self> {
-        Arc::new(Self { source, capture: OnceLock::new(), passing: Arc::default() })
+        Arc::new(Self {
+            source,
+            capture: OnceLock::new(),
+            passing: Arc::default(),
+        })
     }
 
     /// The source.
@@ -51,7 +55,10 @@ impl Tap {
     /// # Panics
     /// When it captures already.
     pub fn capture(&self, capture: Arc<Capture>, settled: Box<dyn FnOnce() + Send>) {
-        assert!(self.capture.set(capture).is_ok(), "a tap begins to capture once");
+        assert!(
+            self.capture.set(capture).is_ok(),
+            "a tap begins to capture once"
+        );
         self.passing.close(settled);
     }
 
@@ -68,7 +75,10 @@ impl BlockDevice for Tap {
     }
 
     fn submit(&self, token: Token, op: BlockOp, to: Arc<dyn BlockCompleter>) {
-        if matches!(op, BlockOp::Read { .. } | BlockOp::Flush | BlockOp::Extents { .. }) {
+        if matches!(
+            op,
+            BlockOp::Read { .. } | BlockOp::Flush | BlockOp::Extents { .. }
+        ) {
             return self.source.submit(token, op, to);
         }
         if let Some(capture) = self.capture.get() {
@@ -77,7 +87,10 @@ impl BlockDevice for Tap {
         // The count is taken before the second look, so that `capture` waits for this request or
         // this request sees that it is captured.
         if self.passing.enter() {
-            let to = Arc::new(PassingCompleter { passing: Arc::clone(&self.passing), to });
+            let to = Arc::new(PassingCompleter {
+                passing: Arc::clone(&self.passing),
+                to,
+            });
             return self.source.submit(token, op, to);
         }
         let capture = self.capture.get().expect("closed only once it captures");

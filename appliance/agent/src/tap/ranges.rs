@@ -43,7 +43,10 @@ impl RangeLock {
     pub fn lock<R: Resume + 'static>(&self, range: Range<u64>, who: &Arc<R>) -> bool {
         let mut state = self.state.lock();
         let is_free = !state.held.iter().any(|held| overlap(held, &range))
-            && !state.waiting.iter().any(|waiter| overlap(&waiter.range, &range));
+            && !state
+                .waiting
+                .iter()
+                .any(|waiter| overlap(&waiter.range, &range));
         if is_free {
             state.held.push(range);
         } else {
@@ -61,8 +64,14 @@ impl RangeLock {
     pub fn unlock(&self, range: &Range<u64>) -> Vec<Arc<dyn Resume>> {
         let mut state = self.state.lock();
         let place = state.held.iter().position(|held| held == range);
-        state.held.swap_remove(place.expect("an unlocked range was held"));
-        if state.waiting.is_empty() { Vec::new() } else { state.promote() }
+        state
+            .held
+            .swap_remove(place.expect("an unlocked range was held"));
+        if state.waiting.is_empty() {
+            Vec::new()
+        } else {
+            state.promote()
+        }
     }
 }
 
@@ -73,7 +82,9 @@ impl State {
         for waiter in self.waiting.drain(..) {
             let range = &waiter.range;
             let is_free = !self.held.iter().any(|held| overlap(held, range))
-                && !still.iter().any(|earlier: &Waiter| overlap(&earlier.range, range));
+                && !still
+                    .iter()
+                    .any(|earlier: &Waiter| overlap(&earlier.range, range));
             if is_free {
                 self.held.push(waiter.range);
                 ready.push(waiter.who);
@@ -118,7 +129,10 @@ mod tests {
         let wide = who();
         assert!(!lock.lock(4096..16384, &wide));
         let narrow = who();
-        assert!(!lock.lock(12288..16384, &narrow), "it overlaps one that waits");
+        assert!(
+            !lock.lock(12288..16384, &narrow),
+            "it overlaps one that waits"
+        );
         for ready in lock.unlock(&(0..8192)) {
             ready.resume();
         }

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use super::capture::Capture;
 use super::ranges::Resume;
-use crate::order::{Draft, Payload, RECORD_OVERHEAD};
+use crate::order::{BlockBytes, Draft, Payload, RECORD_OVERHEAD};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Longest range that is read back after a failure; beyond, it is marked unknown.
@@ -44,8 +44,8 @@ enum Stage {
 struct Work {
     stage: Stage,
     op: Option<BlockOp>,
-    /// The private copy of what is written.
-    payload: Vec<u8>,
+    /// The private copy of what is written; the source's own buffer once it gave it back.
+    payload: Option<BlockBytes>,
     /// The block that the request begins within, as it is after the local operation.
     head: Option<IoBuffer>,
     /// The block that it ends within.
@@ -81,7 +81,10 @@ impl Request {
     ) {
         let geometry = capture.source.geometry();
         if let Err(error) = op.validate(&geometry) {
-            return to.complete(BlockCompletion { token, result: Err(error) });
+            return to.complete(BlockCompletion {
+                token,
+                result: Err(error),
+            });
         }
         let (_, offset, length) = op.describe();
         let (what, asked) = match &op {
@@ -93,17 +96,27 @@ impl Request {
         if asked.is_empty() {
             return capture.source.submit(token, op, to);
         }
-        let payload = match &op {
-            BlockOp::Write { buffer, .. } => buffer.to_vec(),
-            _ => Vec::new(),
+        let gives_back = capture.source.gives_buffers_back();
+        let (payload, written) = match &op {
+            BlockOp::Write { buffer, .. } if gives_back => (None, buffer.len()),
+            BlockOp::Write { buffer, .. } => {
+                (Some(BlockBytes::Copied(buffer.to_vec())), buffer.len())
+            }
+            _ => (None, 0),
         };
         let whole = asked.start / BLOCK * BLOCK..round_up(asked.end);
         let cost = match what {
-            What::Write => payload.len() + 2 * BLOCK_BYTES + RECORD_OVERHEAD,
+            What::Write => written + 2 * BLOCK_BYTES + RECORD_OVERHEAD,
             _ => 2 * BLOCK_BYTES + 4 * RECORD_OVERHEAD,
         };
         let stage = Stage::Admission;
-        let work = Work { stage, op: Some(op), payload, head: None, tail: None };
+        let work = Work {
+            stage,
+            op: Some(op),
+            payload,
+            head: None,
+            tail: None,
+        };
         let capture = Arc::clone(capture);
         let request = Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
@@ -151,13 +164,20 @@ impl Request {
         let size = self.capture.source.geometry().size_bytes;
         let length = range.end.min(size) - range.start;
         let length = usize::try_from(length).expect("reads back 4 MiB at most");
-        let op = BlockOp::Read { offset: range.start, buffer: IoBuffer::zeroed(length) };
+        let op = BlockOp::Read {
+            offset: range.start,
+            buffer: IoBuffer::zeroed(length),
+        };
         let token = self.token;
         Arc::clone(&self.capture).source.submit(token, op, self);
     }
 
     fn local_done(self: Arc<Self>, result: Result<BlockOutcome, BlockError>) {
         match result {
+            Ok(BlockOutcome::Written(buffer)) => {
+                self.work.lock().payload = Some(BlockBytes::Written(buffer));
+                self.read_head();
+            }
             Ok(_) => self.read_head(),
             Err(error) if is_untouched(&error) => self.finish(Vec::new(), Err(error)),
             Err(error) if self.what == What::Grow => self.finish(Vec::new(), Err(error)),
@@ -220,14 +240,22 @@ impl Request {
             (Stage::ReadBack(error), Ok(BlockOutcome::Data(buffer))) => {
                 let mut bytes = buffer.to_vec();
                 bytes.resize(length(&self.whole), 0);
-                let drafts = self.writes(self.whole.start, bytes);
+                let drafts = self.writes(self.whole.start, BlockBytes::Copied(bytes));
                 self.finish(drafts, Err(error));
             }
             (Stage::ReadBack(error), _) | (_, Err(error)) => self.unknown(error),
             (_, Ok(_)) => {
-                let kind = BlockErrorKind::Io { errno: libc::EIO, message: "no data".to_owned() };
+                let kind = BlockErrorKind::Io {
+                    errno: libc::EIO,
+                    message: "no data".to_owned(),
+                };
                 let (offset, length) = (self.whole.start, BLOCK);
-                self.unknown(BlockError { operation: "read back", offset, length, kind });
+                self.unknown(BlockError {
+                    operation: "read back",
+                    offset,
+                    length,
+                    kind,
+                });
             }
         }
     }
@@ -237,7 +265,9 @@ impl Request {
         let draft = self.draft(RecordKind::Unknown, self.whole.clone());
         let reason = format!("a range cannot be read back: {error}");
         self.capture.activity.taint(&self.whole);
-        self.capture.events.resync_needed(self.capture.disk, &reason);
+        self.capture
+            .events
+            .resync_needed(self.capture.disk, &reason);
         self.finish(vec![draft], Err(error));
     }
 
@@ -254,8 +284,8 @@ impl Request {
     }
 
     /// Write records for whole blocks; a record is never too long.
-    fn writes(&self, offset: u64, bytes: Vec<u8>) -> Vec<Draft> {
-        let draft = |offset: u64, bytes: Vec<u8>| {
+    fn writes(&self, offset: u64, bytes: BlockBytes) -> Vec<Draft> {
+        let draft = |offset: u64, bytes: BlockBytes| {
             let end = offset + bytes.len() as u64;
             Draft {
                 payload: Payload::Data(bytes),
@@ -267,29 +297,46 @@ impl Request {
         }
         let step = usize::try_from(WRITE_BYTES_MAX).expect("4 MiB");
         let pieces = bytes.chunks(step).zip((offset..).step_by(step));
-        pieces.map(|(piece, at)| draft(at, piece.to_vec())).collect()
+        pieces
+            .map(|(piece, at)| draft(at, BlockBytes::Copied(piece.to_vec())))
+            .collect()
     }
 
     /// The local operation succeeded and what is missing was read back.
     fn record(self: Arc<Self>) {
         let (payload, head, tail) = {
             let mut work = self.work.lock();
-            (core::mem::take(&mut work.payload), work.head.take(), work.tail.take())
+            (
+                work.payload.take(),
+                work.head.take(),
+                work.tail.take(),
+            )
         };
         let drafts = match self.what {
-            What::Write => self.writes(self.whole.start, self.widened(payload, head, tail)),
+            What::Write => {
+                let payload = payload.expect("a source gives each buffer back, or none");
+                self.writes(self.whole.start, self.widened(payload, head, tail))
+            }
             What::Discard => self.zeroed(RecordKind::Discard, head, tail),
             What::WriteZeroes => self.zeroed(RecordKind::WriteZeroes, head, tail),
             What::Grow => {
                 let size = self.capture.source.geometry().size_bytes;
-                vec![Draft { length: size, ..self.draft(RecordKind::Grow, 0..0) }]
+                vec![Draft {
+                    length: size,
+                    ..self.draft(RecordKind::Grow, 0..0)
+                }]
             }
         };
         self.finish(drafts, Ok(BlockOutcome::Done));
     }
 
     /// The whole blocks as they are at the source now. What follows the end of the disk is zero.
-    fn widened(&self, payload: Vec<u8>, head: Option<IoBuffer>, tail: Option<IoBuffer>) -> Vec<u8> {
+    fn widened(
+        &self,
+        payload: BlockBytes,
+        head: Option<IoBuffer>,
+        tail: Option<IoBuffer>,
+    ) -> BlockBytes {
         if self.asked == self.whole {
             return payload;
         }
@@ -303,7 +350,7 @@ impl Request {
         }
         let skip = length(&(self.whole.start..self.asked.start));
         bytes[skip..skip + payload.len()].copy_from_slice(&payload);
-        bytes
+        BlockBytes::Copied(bytes)
     }
 
     /// Whole blocks in the middle as such; blocks at the edges as they are now.
@@ -318,7 +365,7 @@ impl Request {
         let block = |buffer: &IoBuffer| {
             let mut bytes = buffer.to_vec();
             bytes.resize(BLOCK_BYTES, 0);
-            bytes
+            BlockBytes::Copied(bytes)
         };
         if let Some(head) = &head {
             drafts.extend(self.writes(middle.start, block(head)));
@@ -350,11 +397,16 @@ impl Request {
         capture.activity.end(self.whole.clone(), lsn);
         let ready = capture.ranges.unlock(&self.whole);
         if has_records && lsn.is_none() {
-            capture.events.not_recorded(capture.disk, self.whole.end - self.whole.start);
+            capture
+                .events
+                .not_recorded(capture.disk, self.whole.end - self.whole.start);
         }
         // Sealers let out what was queued; the rest of what was admitted leaves now.
         let queued = if lsn.is_some() { queued } else { 0 };
-        self.to.complete(BlockCompletion { token: self.token, result });
+        self.to.complete(BlockCompletion {
+            token: self.token,
+            result,
+        });
         for next in ready {
             next.resume();
         }
@@ -389,7 +441,9 @@ impl Resume for Request {
 impl BlockCompleter for Request {
     fn complete(&self, completion: BlockCompletion) {
         // Whoever completes holds the request, so it is there.
-        let Some(request) = self.this.upgrade() else { return };
+        let Some(request) = self.this.upgrade() else {
+            return;
+        };
         let stage = core::mem::replace(&mut self.work.lock().stage, Stage::Over);
         match stage {
             Stage::Local => request.local_done(completion.result),

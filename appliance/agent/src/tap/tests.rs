@@ -1,5 +1,6 @@
 //! The oracle of design decision D8: LSN order is a linear extension of happens-before, and the
 //! records applied in that order give the source, at any queue depth.
+#![allow(clippy::single_range_in_vec_init)]
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,7 +61,10 @@ impl Rig {
             time_floor: Timestamp(0),
         };
         let clock = Arc::new(ApplianceClock::new(Arc::new(SystemClock::default()), 0));
-        let portions = PortionOptions { bytes: 1 << 20, gather: Duration::ZERO };
+        let portions = PortionOptions {
+            bytes: 1 << 20,
+            gather: Duration::ZERO,
+        };
         let order = Arc::new(Order::new(start, clock, portions, 0, Box::new(|| ())));
         order.begin_flow([]);
         let worker = Worker::start(ActivityConfig::default()).unwrap();
@@ -85,7 +89,14 @@ impl Rig {
         });
         let tap = Tap::new(source);
         tap.capture(capture, Box::new(|| ()));
-        Self { tap, order, activity, heard, worker, _directory: directory }
+        Self {
+            tap,
+            order,
+            activity,
+            heard,
+            worker,
+            _directory: directory,
+        }
     }
 
     /// Takes records off in order, as a sealer does, until the order is closed.
@@ -103,7 +114,14 @@ impl Rig {
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<BlockOutcome, BlockError> {
         let buffer = IoBuffer::copy_of(bytes);
-        wait::device(&*self.tap, BlockOp::Write { offset, buffer, fua: false })
+        wait::device(
+            &*self.tap,
+            BlockOp::Write {
+                offset,
+                buffer,
+                fua: false,
+            },
+        )
     }
 
     fn all(&self, op: BlockOp) -> Vec<Captured> {
@@ -118,7 +136,10 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963);
         (self.0 >> 33) % limit
     }
 }
@@ -128,7 +149,10 @@ fn check_chain(records: &[Captured]) {
     let mut time = Timestamp(0);
     for (record, lsn) in records.iter().zip(1..) {
         assert_eq!(record.header.lsn, Lsn(lsn), "no gap");
-        assert_eq!(record.header.previous, previous, "each record names its disk's previous one");
+        assert_eq!(
+            record.header.previous, previous,
+            "each record names its disk's previous one"
+        );
         assert!(record.header.time >= time, "times never fall");
         (previous, time) = (record.header.lsn, record.header.time);
     }
@@ -166,7 +190,11 @@ fn lsn_order_extends_happens_before_at_depth_64() {
                     let submitted = ticks.fetch_add(1, Ordering::SeqCst);
                     rig.write(first * BLOCK_BYTES as u64, &bytes).unwrap();
                     let completed = ticks.fetch_add(1, Ordering::SeqCst);
-                    events.lock().push(Event { id, submitted, completed });
+                    events.lock().push(Event {
+                        id,
+                        submitted,
+                        completed,
+                    });
                 }
             });
         }
@@ -177,7 +205,9 @@ fn lsn_order_extends_happens_before_at_depth_64() {
     let mut lsns = HashMap::new();
     let mut replica = Replica::new(memory.geometry().size_bytes);
     for record in &records {
-        let Payload::Data(bytes) = &record.payload else { panic!("only writes were made") };
+        let Payload::Data(bytes) = &record.payload else {
+            panic!("only writes were made")
+        };
         let id = u64::from_le_bytes(bytes[..8].try_into().unwrap());
         lsns.insert(id, record.header.lsn);
         replica.apply(record);
@@ -187,11 +217,17 @@ fn lsn_order_extends_happens_before_at_depth_64() {
     for a in &events {
         for b in &events {
             if a.completed < b.submitted {
-                assert!(lsns[&a.id] < lsns[&b.id], "a write that came after has a higher LSN");
+                assert!(
+                    lsns[&a.id] < lsns[&b.id],
+                    "a write that came after has a higher LSN"
+                );
             }
         }
     }
-    assert!(replica.bytes == memory.image(), "the records in order give the source");
+    assert!(
+        replica.bytes == memory.image(),
+        "the records in order give the source"
+    );
 }
 
 /// Any mixture of operations of 512-byte blocks on a disk of an odd size.
@@ -212,12 +248,20 @@ fn records_give_the_source_with_512_byte_blocks() {
                     let (offset, length) = (first * 512, count * 512);
                     let op = match random.below(6) {
                         0 => BlockOp::Discard { offset, length },
-                        1 => BlockOp::WriteZeroes { offset, length, may_unmap: true },
+                        1 => BlockOp::WriteZeroes {
+                            offset,
+                            length,
+                            may_unmap: true,
+                        },
                         kind => {
                             let fill = u8::try_from(1 + random.below(255)).unwrap();
                             let mut buffer = IoBuffer::zeroed(usize::try_from(length).unwrap());
                             buffer.fill(fill);
-                            BlockOp::Write { offset, buffer, fua: kind == 2 }
+                            BlockOp::Write {
+                                offset,
+                                buffer,
+                                fua: kind == 2,
+                            }
                         }
                     };
                     wait::device(&*rig.tap, op).unwrap();
@@ -232,7 +276,10 @@ fn records_give_the_source_with_512_byte_blocks() {
     records.iter().for_each(|record| replica.apply(record));
     let mut image = memory.image();
     image.resize(replica.bytes.len(), 0);
-    assert!(replica.bytes == image, "what lies beyond the end of the disk is zero");
+    assert!(
+        replica.bytes == image,
+        "what lies beyond the end of the disk is zero"
+    );
 }
 
 #[test]
@@ -240,7 +287,11 @@ fn a_failed_write_gets_what_the_source_holds() {
     let memory = MemoryDevice::new(1 << 20, 4096);
     wait::device(
         &*memory,
-        BlockOp::Write { offset: 8192, buffer: IoBuffer::copy_of(&[9; 4096]), fua: false },
+        BlockOp::Write {
+            offset: 8192,
+            buffer: IoBuffer::copy_of(&[9; 4096]),
+            fua: false,
+        },
     )
     .unwrap();
     let source = Scrambled::new(Arc::clone(&memory), 1);
@@ -252,8 +303,10 @@ fn a_failed_write_gets_what_the_source_holds() {
     let records = drained.join().unwrap();
     assert_eq!(records.len(), 1);
     assert_eq!(records[0].header.kind, RecordKind::Write);
-    let Payload::Data(bytes) = &records[0].payload else { panic!("a write has data") };
-    assert!(bytes == &[9; 4096], "the log has what the source has");
+    let Payload::Data(bytes) = &records[0].payload else {
+        panic!("a write has data")
+    };
+    assert!(bytes[..] == [9; 4096], "the log has what the source has");
     assert!(rig.heard.resyncs.lock().is_empty());
 }
 
@@ -268,7 +321,10 @@ fn a_range_that_cannot_be_read_back_is_unknown() {
     let records = drained.join().unwrap();
     assert_eq!(records.len(), 1);
     assert_eq!(records[0].header.kind, RecordKind::Unknown);
-    assert_eq!((records[0].header.offset, records[0].header.length), (2 << 20, 8192));
+    assert_eq!(
+        (records[0].header.offset, records[0].header.length),
+        (2 << 20, 8192)
+    );
     assert_eq!(rig.heard.resyncs.lock().len(), 1);
     assert_eq!(rig.activity.tainted(8 << 20), [2 << 20..3 << 20]);
 }
@@ -279,17 +335,29 @@ fn long_writes_are_split() {
     let rig = Rig::new(memory, 64 << 20);
     let mut buffer = IoBuffer::zeroed(9 << 20);
     buffer.fill(5);
-    let records = rig.all(BlockOp::Write { offset: 1 << 20, buffer, fua: false });
-    let parts: Vec<_> =
-        records.iter().map(|record| (record.header.offset, record.header.length)).collect();
-    assert_eq!(parts, [(1 << 20, 4 << 20), (5 << 20, 4 << 20), (9 << 20, 1 << 20)]);
+    let records = rig.all(BlockOp::Write {
+        offset: 1 << 20,
+        buffer,
+        fua: false,
+    });
+    let parts: Vec<_> = records
+        .iter()
+        .map(|record| (record.header.offset, record.header.length))
+        .collect();
+    assert_eq!(
+        parts,
+        [(1 << 20, 4 << 20), (5 << 20, 4 << 20), (9 << 20, 1 << 20)]
+    );
 }
 
 #[test]
 fn a_refused_request_leaves_no_record() {
     let memory = MemoryDevice::new(1 << 20, 4096);
     let rig = Rig::new(memory, 1 << 20);
-    let records = rig.all(BlockOp::Discard { offset: 1 << 20, length: 4096 });
+    let records = rig.all(BlockOp::Discard {
+        offset: 1 << 20,
+        length: 4096,
+    });
     assert!(records.is_empty());
 }
 
@@ -304,7 +372,10 @@ fn without_a_flow_writes_pass_and_taint() {
     assert_eq!(rig.order.captured().0, Lsn::ZERO, "no LSN was given out");
     let taints = rig.activity.taints();
     rig.activity.clear(&[0..4 << 20], taints - 1);
-    assert!(rig.activity.is_tainted(), "an older resync does not clear a newer taint");
+    assert!(
+        rig.activity.is_tainted(),
+        "an older resync does not clear a newer taint"
+    );
     rig.activity.clear(&[0..4 << 20], taints);
     assert!(!rig.activity.is_tainted());
 }
@@ -314,7 +385,11 @@ fn capture_begins_behind_the_last_write_that_passed() {
     let memory = MemoryDevice::new(1 << 20, 4096);
     let held = Arc::new(Held::default());
     let tap = Tap::new(Arc::<Held>::clone(&held));
-    let write = || BlockOp::Write { offset: 0, buffer: IoBuffer::zeroed(4096), fua: false };
+    let write = || BlockOp::Write {
+        offset: 0,
+        buffer: IoBuffer::zeroed(4096),
+        fua: false,
+    };
     struct Ignore;
     impl BlockCompleter for Ignore {
         fn complete(&self, _completion: BlockCompletion) {}
@@ -325,7 +400,11 @@ fn capture_begins_behind_the_last_write_that_passed() {
     let settled = Arc::new(AtomicU64::new(0));
     let told = Arc::clone(&settled);
     tap.capture(capture, Box::new(move || told.store(1, Ordering::SeqCst)));
-    assert_eq!(settled.load(Ordering::SeqCst), 0, "one write is still under way");
+    assert_eq!(
+        settled.load(Ordering::SeqCst),
+        0,
+        "one write is still under way"
+    );
     held.release();
     assert_eq!(settled.load(Ordering::SeqCst), 1);
     drop(rig.worker);
@@ -341,14 +420,21 @@ struct Held {
 impl Held {
     fn release(&self) {
         for (token, to) in self.waiting.lock().drain(..) {
-            to.complete(BlockCompletion { token, result: Ok(BlockOutcome::Done) });
+            to.complete(BlockCompletion {
+                token,
+                result: Ok(BlockOutcome::Done),
+            });
         }
     }
 }
 
 impl BlockDevice for Held {
     fn geometry(&self) -> Geometry {
-        Geometry { size_bytes: 1 << 20, logical_block_bytes: 4096, is_read_only: false }
+        Geometry {
+            size_bytes: 1 << 20,
+            logical_block_bytes: 4096,
+            is_read_only: false,
+        }
     }
 
     fn submit(&self, token: Token, _op: BlockOp, to: Arc<dyn BlockCompleter>) {

@@ -40,7 +40,9 @@ pub(crate) struct Scrambled {
 }
 
 fn next_random(seed: &mut u64) -> u64 {
-    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *seed = seed
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
     *seed >> 33
 }
 
@@ -55,13 +57,15 @@ impl Scrambled {
             std::thread::spawn(move || serve(&shared, &memory, &fails))
         });
         let threads = threads.collect();
-        Arc::new(Self { memory, shared, threads, fails })
+        Arc::new(Self {
+            memory,
+            shared,
+            threads,
+            fails,
+        })
     }
 
-    pub(crate) fn fail(
-        &self,
-        fails: impl Fn(&'static str, u64) -> bool + Send + Sync + 'static,
-    ) {
+    pub(crate) fn fail(&self, fails: impl Fn(&'static str, u64) -> bool + Send + Sync + 'static) {
         *self.fails.lock() = Some(Box::new(fails));
     }
 }
@@ -77,15 +81,24 @@ fn serve(shared: &Shared, memory: &MemoryDevice, fails: &Mutex<Option<Fails>>) {
                 shared.filled.wait(&mut queue);
             }
             let mut seed = queue.seed;
-            let place = next_random(&mut seed) as usize % queue.jobs.len();
+            let place = usize::try_from(next_random(&mut seed)).unwrap() % queue.jobs.len();
             queue.seed = seed;
             queue.jobs.swap_remove_back(place).unwrap()
         };
         let (name, offset, _) = op.describe();
-        if fails.lock().as_ref().is_some_and(|fails| fails(name, offset)) {
-            let error =
-                op.error(BlockErrorKind::Io { errno: libc::EIO, message: "made up".to_owned() });
-            to.complete(BlockCompletion { token, result: Err(error) });
+        if fails
+            .lock()
+            .as_ref()
+            .is_some_and(|fails| fails(name, offset))
+        {
+            let error = op.error(BlockErrorKind::Io {
+                errno: libc::EIO,
+                message: "made up".to_owned(),
+            });
+            to.complete(BlockCompletion {
+                token,
+                result: Err(error),
+            });
         } else {
             memory.submit(token, op, to);
         }
@@ -120,8 +133,12 @@ pub(crate) struct Replica {
 
 impl Replica {
     pub(crate) fn new(size_bytes: u64) -> Self {
-        let size = usize::try_from(size_bytes).unwrap().next_multiple_of(BLOCK_BYTES);
-        Self { bytes: vec![0; size] }
+        let size = usize::try_from(size_bytes)
+            .unwrap()
+            .next_multiple_of(BLOCK_BYTES);
+        Self {
+            bytes: vec![0; size],
+        }
     }
 
     pub(crate) fn apply(&mut self, record: &Captured) {

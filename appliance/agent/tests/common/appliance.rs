@@ -11,9 +11,7 @@ use afterimage_protocol::message::{
 };
 use afterimage_protocol::wire::{self, PREFIX_BYTES};
 use parking_lot::Mutex;
-use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use rustls::RootCertStore;
 use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::PrivateKeyDer;
@@ -27,7 +25,7 @@ use super::replica::{Replica, Shared, TAG_KEY, disk_secret};
 #[derive(Default)]
 struct Switches {
     is_cut: AtomicBool,
-    holds_acks: AtomicBool,
+    is_sink: AtomicBool,
     refuses: Mutex<Option<Refusal>>,
     credit_bytes: AtomicU64,
     report: Mutex<Option<SourceReport>>,
@@ -89,7 +87,16 @@ impl Appliance {
         };
         runtime.spawn(serving.accept(listener));
         let authority_pem = authority.pem();
-        Self { replica, switches, cut, marks, port, issuer, authority_pem, _runtime: runtime }
+        Self {
+            replica,
+            switches,
+            cut,
+            marks,
+            port,
+            issuer,
+            authority_pem,
+            _runtime: runtime,
+        }
     }
 
     pub fn port(&self) -> u16 {
@@ -133,7 +140,12 @@ impl Appliance {
 
     pub fn refuse(&self, code: RefusalCode, class: ErrorClass) {
         let (message, hint) = ("it is refused".to_owned(), "do something".to_owned());
-        *self.switches.refuses.lock() = Some(Refusal { code, class, message, hint });
+        *self.switches.refuses.lock() = Some(Refusal {
+            code,
+            class,
+            message,
+            hint,
+        });
     }
 
     pub fn accept_again(&self) {
@@ -143,6 +155,11 @@ impl Appliance {
     pub fn place_mark(&self, request: u64, name: &str) {
         let mark = (request, MarkRequestKind::Bookmark, name.to_owned());
         assert!(self.marks.send(mark).is_ok(), "somebody is connected");
+    }
+
+    /// Only counts frames from now on.
+    pub fn become_sink(&self) {
+        self.switches.is_sink.store(true, Ordering::SeqCst);
     }
 
     pub fn report(&self) -> Option<SourceReport> {
@@ -173,7 +190,9 @@ impl Serving {
     async fn serve(self, stream: TcpStream) {
         let mut cut = self.cut.subscribe();
         let mut marks = self.marks.subscribe();
-        let Ok(stream) = self.tls.accept(stream).await else { return };
+        let Ok(stream) = self.tls.accept(stream).await else {
+            return;
+        };
         self.switches.connections.fetch_add(1, Ordering::SeqCst);
         let (mut reading, writing) = tokio::io::split(stream);
         let (answers, queue) = mpsc::unbounded_channel();
@@ -209,9 +228,17 @@ impl Serving {
                 program: "test".to_owned(),
                 time: SystemClock::default().wall(),
             },
-            FromSender::Open { stream, history, epoch, .. } => {
+            FromSender::Open {
+                stream,
+                history,
+                epoch,
+                ..
+            } => {
                 if let Some(refusal) = self.switches.refuses.lock().clone() {
-                    let refused = FromReceiver::Refused { stream: Some(stream), refusal };
+                    let refused = FromReceiver::Refused {
+                        stream: Some(stream),
+                        refusal,
+                    };
                     let _gone = answers.send(refused);
                     return false;
                 }
@@ -219,9 +246,18 @@ impl Serving {
                 replica.history = Some(history);
                 replica.epoch = epoch.0;
                 let (durable, highest) = (replica.durable, replica.highest);
-                FromReceiver::Opened { stream, durable, highest, credit_bytes, tag_key: TAG_KEY }
+                FromReceiver::Opened {
+                    stream,
+                    durable,
+                    highest,
+                    credit_bytes,
+                    tag_key: TAG_KEY,
+                }
             }
-            FromSender::Declare { stream, description } => {
+            FromSender::Declare {
+                stream,
+                description,
+            } => {
                 replica.declare(description.disk, description.size_bytes);
                 let disk = &replica.disks[&description.disk];
                 FromReceiver::Disk {
@@ -234,18 +270,42 @@ impl Serving {
                     bulk_done: disk.bulk_done.clone(),
                 }
             }
-            FromSender::Frame { stream, bytes, .. } => {
-                let frame = Frame::accept(bytes).unwrap();
-                replica.apply(&frame);
-                FromReceiver::Acknowledged { stream, durable: replica.durable, credit_bytes }
+            FromSender::Frame { stream, last, bytes, .. } => {
+                if self.switches.is_sink.load(Ordering::SeqCst) {
+                    replica.durable = last;
+                } else {
+                    replica.apply(&Frame::accept(bytes).unwrap());
+                }
+                FromReceiver::Acknowledged {
+                    stream,
+                    durable: replica.durable,
+                    credit_bytes,
+                }
             }
-            FromSender::Bulk { stream, number, bytes } => {
+            FromSender::Bulk {
+                stream,
+                number,
+                bytes,
+            } => {
                 replica.bulk(&Frame::accept(bytes).unwrap());
-                FromReceiver::BulkAcknowledged { stream, numbers: vec![number] }
+                FromReceiver::BulkAcknowledged {
+                    stream,
+                    numbers: vec![number],
+                }
             }
-            FromSender::Compare { stream, number, disk, first_block, tags } => {
+            FromSender::Compare {
+                stream,
+                number,
+                disk,
+                first_block,
+                tags,
+            } => {
                 let differs = replica.compare(disk, first_block, &tags);
-                FromReceiver::Differences { stream, number, differs }
+                FromReceiver::Differences {
+                    stream,
+                    number,
+                    differs,
+                }
             }
             FromSender::Report { report, .. } => {
                 *self.switches.report.lock() = Some(report);

@@ -1,7 +1,13 @@
 //! An appliance in memory, and agents against it. It speaks the real protocol over TLS, checks
 //! every frame, and keeps the replica as plain bytes.
 
-#![allow(dead_code, missing_docs, unreachable_pub, clippy::cast_possible_truncation)]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used
+)]
 
 pub mod appliance;
 pub mod process;
@@ -60,7 +66,11 @@ pub fn enrol(root: &Path, appliance: &Appliance) -> PathBuf {
     let (certificate, key) = appliance.issue_client();
     replace(&state.path("agent.key"), key.as_bytes()).unwrap();
     replace(&state.path("agent.pem"), certificate.as_bytes()).unwrap();
-    replace(&state.path("authority.pem"), appliance.authority_pem().as_bytes()).unwrap();
+    replace(
+        &state.path("authority.pem"),
+        appliance.authority_pem().as_bytes(),
+    )
+    .unwrap();
     let entropy = SystemEntropy;
     let identity = Identity {
         version: Identity::VERSION,
@@ -81,7 +91,12 @@ impl Agent {
         let state = StateDir::open(state_dir).unwrap();
         let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
         let clock = Arc::new(SystemClock::default());
-        let parts = Parts { config: config.clone(), state, clock, entropy: Arc::clone(&entropy) };
+        let parts = Parts {
+            config: config.clone(),
+            state,
+            clock,
+            entropy: Arc::clone(&entropy),
+        };
         let machine = Machine::start(parts).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -98,12 +113,18 @@ impl Agent {
         };
         let host = Arc::new(Host(Arc::clone(&machine)));
         runtime.spawn(link::run(host, target, config.link, entropy));
-        Self { machine, runtime: Some(runtime) }
+        Self {
+            machine,
+            runtime: Some(runtime),
+        }
     }
 
     pub fn attach(&self, source: &Path, name: &str) -> PathBuf {
         let source = source.display().to_string();
-        let request = AttachDisk { source, name: name.to_owned() };
+        let request = AttachDisk {
+            source,
+            name: name.to_owned(),
+        };
         let disk = self.machine.attach(&request).unwrap();
         PathBuf::from(self.machine.show(&disk).device)
     }

@@ -40,7 +40,9 @@ impl Process {
             .spawn()
             .unwrap();
         let this = Self { child, socket };
-        until("the agent's socket", || this.try_get("/v1/status").is_some());
+        until("the agent's socket", || {
+            this.try_get("/v1/status").is_some()
+        });
         this
     }
 
@@ -57,7 +59,13 @@ impl Process {
     /// Ends it in order.
     pub fn terminate(mut self) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
         assert!(self.child.wait().unwrap().success());
     }
 
@@ -112,7 +120,9 @@ impl Process {
     }
 
     pub fn protected(&self, name: &str) {
-        until("protection", || self.disk(name).phase == Some(DiskPhase::Protected));
+        until("protection", || {
+            self.disk(name).phase == Some(DiskPhase::Protected)
+        });
     }
 
     pub fn caught_up(&self) {

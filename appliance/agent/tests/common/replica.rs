@@ -20,7 +20,10 @@ pub fn disk_secret(disk: DiskId) -> [u8; 32] {
 
 impl KeySource for OneKey {
     fn disk_key(&self, disk: DiskId, key: KeyId) -> Option<DiskKey> {
-        (key == KeyId(1)).then(|| DiskKey { id: key, secret: disk_secret(disk) })
+        (key == KeyId(1)).then(|| DiskKey {
+            id: key,
+            secret: disk_secret(disk),
+        })
     }
 }
 
@@ -86,9 +89,15 @@ impl Replica {
     }
 
     pub fn apply(&mut self, frame: &Frame) {
-        assert_eq!(frame.header.identity.epoch.0, self.epoch, "a frame is of its stream's epoch");
-        let records: Vec<RecordView<'_>> =
-            frame.view().records().map(|record| record.unwrap().1).collect();
+        assert_eq!(
+            frame.header.identity.epoch.0, self.epoch,
+            "a frame is of its stream's epoch"
+        );
+        let records: Vec<RecordView<'_>> = frame
+            .view()
+            .records()
+            .map(|record| record.unwrap().1)
+            .collect();
         for record in records {
             if record.header.lsn <= self.durable {
                 continue;
@@ -119,11 +128,18 @@ impl Replica {
             RecordKind::WriteZeroes | RecordKind::Discard => {
                 let disk = self.disks.get_mut(&header.disk).unwrap();
                 disk.link(header.previous, header.lsn);
-                let (start, end) = (header.offset as usize, (header.offset + header.length) as usize);
+                let (start, end) = (
+                    header.offset as usize,
+                    (header.offset + header.length) as usize,
+                );
                 disk.bytes[start..end].fill(0);
                 disk.stamp(start, end, header.lsn);
             }
-            RecordKind::Grow => self.disks.get_mut(&header.disk).unwrap().resize(header.length),
+            RecordKind::Grow => self
+                .disks
+                .get_mut(&header.disk)
+                .unwrap()
+                .resize(header.length),
             RecordKind::BatchBegin(_) => {
                 self.open_batches.insert(header.batch.0);
                 for id in note.chunks_exact(16) {
@@ -145,7 +161,12 @@ impl Replica {
         }
         if record.slot_count == 0 {
             let (lsn, kind, argument) = (header.lsn, header.kind, header.argument);
-            self.story.push(Told { lsn, kind, argument, note });
+            self.story.push(Told {
+                lsn,
+                kind,
+                argument,
+                note,
+            });
         }
     }
 
@@ -172,7 +193,10 @@ impl Replica {
             let (_, record) = record.unwrap();
             let header = record.header;
             assert_eq!(header.kind, RecordKind::Bulk);
-            assert!(self.open_batches.contains(&header.batch.0), "bulk comes within its batch");
+            assert!(
+                self.open_batches.contains(&header.batch.0),
+                "bulk comes within its batch"
+            );
             self.highest = self.highest.max(header.lsn);
             let disk = self.disks.get_mut(&header.disk).unwrap();
             let mut at = header.offset as usize;
@@ -189,7 +213,8 @@ impl Replica {
                 }
             }
             let block = BLOCK_BYTES as u64;
-            disk.bulk_done.push((header.offset / block, header.length / block));
+            disk.bulk_done
+                .push((header.offset / block, header.length / block));
         }
     }
 
@@ -207,7 +232,10 @@ impl Replica {
 
     pub fn marks(&self) -> Vec<Told> {
         let is_mark = |told: &&Told| {
-            matches!(told.kind, RecordKind::Mark(MarkKind::Crash | MarkKind::Bookmark))
+            matches!(
+                told.kind,
+                RecordKind::Mark(MarkKind::Crash | MarkKind::Bookmark)
+            )
         };
         self.story.iter().filter(is_mark).cloned().collect()
     }
@@ -222,7 +250,10 @@ impl ReplicaDisk {
 
     /// Each record names its disk's previous one; an epoch begins anew.
     fn link(&mut self, previous: Lsn, lsn: Lsn) {
-        assert!(previous == Lsn::ZERO || previous == self.last, "no hole within the disk");
+        assert!(
+            previous == Lsn::ZERO || previous == self.last,
+            "no hole within the disk"
+        );
         self.last = lsn;
     }
 

@@ -36,14 +36,22 @@ pub struct Direct {
 
 impl Direct {
     pub fn open(path: &Path) -> Self {
-        let file =
-            OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(path).unwrap();
-        Self { file, buffer: Box::new(Aligned([0; 1 << 20])) }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(O_DIRECT)
+            .open(path)
+            .unwrap();
+        Self {
+            file,
+            buffer: Box::new(Aligned([0; 1 << 20])),
+        }
     }
 
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         self.buffer.0[..bytes.len()].copy_from_slice(bytes);
-        self.file.write_all_at(&self.buffer.0[..bytes.len()], offset)
+        self.file
+            .write_all_at(&self.buffer.0[..bytes.len()], offset)
     }
 
     pub fn sync(&self) -> std::io::Result<()> {

@@ -109,12 +109,7 @@ impl Stream {
 
     /// The first frame after an `Open` may begin below what is durable, since frames are not cut
     /// to where the last connection broke.
-    pub(super) fn take_frame(
-        &mut self,
-        first: Lsn,
-        last: Lsn,
-        len: usize,
-    ) -> Result<(), Refusal> {
+    pub(super) fn take_frame(&mut self, first: Lsn, last: Lsn, len: usize) -> Result<(), Refusal> {
         let rises = last > self.last && (first > self.last || !self.has_frame);
         if first > last || first == Lsn::ZERO || !rises {
             return Err(damaged(format!(

@@ -1,7 +1,10 @@
 use super::*;
 use crate::message::DiskReport;
 
-const LIMITS: Limits = Limits { streams_max: 3, disks_max: 2 };
+const LIMITS: Limits = Limits {
+    streams_max: 3,
+    disks_max: 2,
+};
 const NOW: Timestamp = Timestamp(5);
 const CREDIT: u64 = 1000;
 
@@ -10,7 +13,10 @@ fn id(byte: u8) -> [u8; 16] {
 }
 
 fn hello() -> FromSender {
-    FromSender::Hello { version: PROTOCOL_VERSION, program: "test".to_owned() }
+    FromSender::Hello {
+        version: PROTOCOL_VERSION,
+        program: "test".to_owned(),
+    }
 }
 
 fn open(stream: u32) -> FromSender {
@@ -32,16 +38,28 @@ fn declare(stream: u32, disk: u8) -> FromSender {
         size_bytes: 1 << 20,
         logical_block_bytes: 512,
     };
-    FromSender::Declare { stream: StreamId(stream), description }
+    FromSender::Declare {
+        stream: StreamId(stream),
+        description,
+    }
 }
 
 fn frame(stream: u32, first: u64, last: u64, len: usize) -> FromSender {
     let (first, last) = (Lsn(first), Lsn(last));
-    FromSender::Frame { stream: StreamId(stream), first, last, bytes: vec![0; len] }
+    FromSender::Frame {
+        stream: StreamId(stream),
+        first,
+        last,
+        bytes: vec![0; len],
+    }
 }
 
 fn bulk(stream: u32, number: u64, len: usize) -> FromSender {
-    FromSender::Bulk { stream: StreamId(stream), number, bytes: vec![0; len] }
+    FromSender::Bulk {
+        stream: StreamId(stream),
+        number,
+        bytes: vec![0; len],
+    }
 }
 
 fn compare(number: u64, disk: u8, blocks: usize) -> FromSender {
@@ -60,7 +78,10 @@ fn feed(receiver: &mut Receiver, message: FromSender) -> Action {
 
 fn ready() -> Receiver {
     let mut receiver = Receiver::new(LIMITS);
-    assert!(matches!(feed(&mut receiver, hello()), Action::Send(FromReceiver::Welcome { .. })));
+    assert!(matches!(
+        feed(&mut receiver, hello()),
+        Action::Send(FromReceiver::Welcome { .. })
+    ));
     receiver
 }
 
@@ -68,18 +89,26 @@ fn with_stream(durable: u64) -> Receiver {
     let mut receiver = ready();
     assert!(matches!(feed(&mut receiver, open(1)), Action::Open(_)));
     let opened = receiver.opened(StreamId(1), Lsn(durable), Lsn(durable), CREDIT, [0; 32]);
-    assert!(matches!(opened, Some(FromReceiver::Opened { credit_bytes: CREDIT, .. })));
+    assert!(matches!(
+        opened,
+        Some(FromReceiver::Opened {
+            credit_bytes: CREDIT,
+            ..
+        })
+    ));
     receiver
 }
 
 fn refusal_of(action: &Action) -> Option<(bool, RefusalCode)> {
     match action {
-        Action::HangUp(FromReceiver::Refused { stream: None, refusal }) => {
-            Some((true, refusal.code))
-        }
-        Action::RefuseStream { message: FromReceiver::Refused { refusal, .. }, .. } => {
-            Some((false, refusal.code))
-        }
+        Action::HangUp(FromReceiver::Refused {
+            stream: None,
+            refusal,
+        }) => Some((true, refusal.code)),
+        Action::RefuseStream {
+            message: FromReceiver::Refused { refusal, .. },
+            ..
+        } => Some((false, refusal.code)),
         _ => None,
     }
 }
@@ -95,7 +124,10 @@ fn hello_comes_first_once_and_in_the_same_version() {
     let action = feed(&mut ready(), hello());
     assert_eq!(refusal_of(&action), Some((true, RefusalCode::Damaged)));
 
-    let other = FromSender::Hello { version: PROTOCOL_VERSION + 1, program: String::new() };
+    let other = FromSender::Hello {
+        version: PROTOCOL_VERSION + 1,
+        program: String::new(),
+    };
     let action = feed(&mut Receiver::new(LIMITS), other);
     assert_eq!(refusal_of(&action), Some((true, RefusalCode::Version)));
 }
@@ -103,15 +135,31 @@ fn hello_comes_first_once_and_in_the_same_version() {
 #[test]
 fn frames_rise_and_the_first_may_overlap_what_is_durable() {
     let mut receiver = with_stream(10);
-    assert!(matches!(feed(&mut receiver, frame(1, 8, 12, 10)), Action::Append { .. }));
-    assert!(matches!(feed(&mut receiver, frame(1, 13, 13, 10)), Action::Append { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 8, 12, 10)),
+        Action::Append { .. }
+    ));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 13, 13, 10)),
+        Action::Append { .. }
+    ));
     // A gap is the engine's to judge.
-    assert!(matches!(feed(&mut receiver, frame(1, 20, 21, 10)), Action::Append { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 20, 21, 10)),
+        Action::Append { .. }
+    ));
     for (first, last) in [(20, 22), (21, 21), (0, 30), (30, 29)] {
         let mut receiver = with_stream(10);
-        assert!(matches!(feed(&mut receiver, frame(1, 11, 21, 10)), Action::Append { .. }));
+        assert!(matches!(
+            feed(&mut receiver, frame(1, 11, 21, 10)),
+            Action::Append { .. }
+        ));
         let action = feed(&mut receiver, frame(1, first, last, 10));
-        assert_eq!(refusal_of(&action), Some((false, RefusalCode::Damaged)), "{first} {last}");
+        assert_eq!(
+            refusal_of(&action),
+            Some((false, RefusalCode::Damaged)),
+            "{first} {last}"
+        );
         assert_eq!(receiver.outstanding_bytes(), 0);
         assert_eq!(receiver.take_freed_bytes(), 10);
     }
@@ -123,18 +171,36 @@ fn frames_rise_and_the_first_may_overlap_what_is_durable() {
 #[test]
 fn credit_is_charged_and_given_back() {
     let mut receiver = with_stream(0);
-    assert!(matches!(feed(&mut receiver, frame(1, 1, 1, 600)), Action::Append { .. }));
-    assert!(matches!(feed(&mut receiver, bulk(1, 7, 400)), Action::Bulk { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 1, 1, 600)),
+        Action::Append { .. }
+    ));
+    assert!(matches!(
+        feed(&mut receiver, bulk(1, 7, 400)),
+        Action::Bulk { .. }
+    ));
     assert_eq!(receiver.outstanding_bytes(), CREDIT);
     let told = receiver.durable(StreamId(1), Lsn(1), CREDIT);
-    assert!(matches!(told, Some(FromReceiver::Acknowledged { durable: Lsn(1), .. })));
+    assert!(matches!(
+        told,
+        Some(FromReceiver::Acknowledged {
+            durable: Lsn(1),
+            ..
+        })
+    ));
     assert_eq!(receiver.take_freed_bytes(), 600);
-    assert!(matches!(feed(&mut receiver, frame(1, 2, 2, 600)), Action::Append { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 2, 2, 600)),
+        Action::Append { .. }
+    ));
     let told = receiver.bulk_durable(StreamId(1), vec![7, 99]);
     assert!(matches!(told, Some(FromReceiver::BulkAcknowledged { .. })));
     assert_eq!(receiver.take_freed_bytes(), 400);
     // Nobody acknowledged this one, so that the next byte is one too many.
-    assert!(matches!(feed(&mut receiver, frame(1, 3, 3, 400)), Action::Append { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 3, 3, 400)),
+        Action::Append { .. }
+    ));
     let action = feed(&mut receiver, frame(1, 4, 4, 1));
     assert_eq!(refusal_of(&action), Some((false, RefusalCode::Limit)));
     assert_eq!(feed(&mut receiver, frame(1, 5, 5, 1)), Action::None);
@@ -144,11 +210,26 @@ fn credit_is_charged_and_given_back() {
 #[test]
 fn a_frame_above_the_credit_passes_alone_and_acknowledged_never_falls() {
     let mut receiver = with_stream(0);
-    assert!(matches!(feed(&mut receiver, frame(1, 1, 9, 5000)), Action::Append { .. }));
+    assert!(matches!(
+        feed(&mut receiver, frame(1, 1, 9, 5000)),
+        Action::Append { .. }
+    ));
     let told = receiver.durable(StreamId(1), Lsn(9), CREDIT);
-    assert!(matches!(told, Some(FromReceiver::Acknowledged { durable: Lsn(9), .. })));
+    assert!(matches!(
+        told,
+        Some(FromReceiver::Acknowledged {
+            durable: Lsn(9),
+            ..
+        })
+    ));
     let told = receiver.durable(StreamId(1), Lsn(4), CREDIT);
-    assert!(matches!(told, Some(FromReceiver::Acknowledged { durable: Lsn(9), .. })));
+    assert!(matches!(
+        told,
+        Some(FromReceiver::Acknowledged {
+            durable: Lsn(9),
+            ..
+        })
+    ));
 }
 
 #[test]
@@ -161,10 +242,22 @@ fn a_refused_stream_is_silent_until_it_is_opened_again() {
     assert!(receiver.durable(StreamId(1), Lsn(1), CREDIT).is_none());
     assert!(matches!(feed(&mut receiver, open(1)), Action::Open(_)));
     assert!(!receiver.is_open(StreamId(1)));
-    assert!(receiver.opened(StreamId(1), Lsn(0), Lsn(0), CREDIT, [0; 32]).is_some());
-    assert!(matches!(feed(&mut receiver, frame(1, 1, 1, 1)), Action::Append { .. }));
+    assert!(
+        receiver
+            .opened(StreamId(1), Lsn(0), Lsn(0), CREDIT, [0; 32])
+            .is_some()
+    );
     assert!(matches!(
-        feed(&mut receiver, FromSender::Close { stream: StreamId(1) }),
+        feed(&mut receiver, frame(1, 1, 1, 1)),
+        Action::Append { .. }
+    ));
+    assert!(matches!(
+        feed(
+            &mut receiver,
+            FromSender::Close {
+                stream: StreamId(1)
+            }
+        ),
         Action::Close { .. }
     ));
     assert_eq!(receiver.outstanding_bytes(), 0);
@@ -183,24 +276,56 @@ fn streams_and_disks_are_bounded_and_known() {
     assert_eq!(refusal_of(&action), Some((true, RefusalCode::Damaged)));
 
     let mut receiver = with_stream(0);
-    assert!(matches!(feed(&mut receiver, declare(1, 5)), Action::Declare { .. }));
-    assert!(matches!(feed(&mut receiver, declare(1, 5)), Action::Declare { .. }));
-    assert!(matches!(feed(&mut receiver, declare(1, 6)), Action::Declare { .. }));
+    assert!(matches!(
+        feed(&mut receiver, declare(1, 5)),
+        Action::Declare { .. }
+    ));
+    assert!(matches!(
+        feed(&mut receiver, declare(1, 5)),
+        Action::Declare { .. }
+    ));
+    assert!(matches!(
+        feed(&mut receiver, declare(1, 6)),
+        Action::Declare { .. }
+    ));
     let action = feed(&mut receiver, declare(1, 7));
     assert_eq!(refusal_of(&action), Some((false, RefusalCode::Limit)));
 }
 
 #[test]
 fn names_are_checked_and_a_bad_one_costs_only_its_stream() {
-    for name in ["", ".", "..", "a/b", "a@b", "a\nb", &"a".repeat(NAME_BYTES_MAX + 1)] {
+    for name in [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "a@b",
+        "a\nb",
+        &"a".repeat(NAME_BYTES_MAX + 1),
+    ] {
         let mut receiver = ready();
-        let FromSender::Open { stream, machine, history, origin, epoch, .. } = open(1) else {
+        let FromSender::Open {
+            stream,
+            machine,
+            history,
+            origin,
+            epoch,
+            ..
+        } = open(1)
+        else {
             unreachable!()
         };
         let name = name.to_owned();
         let parent = None;
-        let message =
-            FromSender::Open { stream, machine, name, history, parent, origin, epoch };
+        let message = FromSender::Open {
+            stream,
+            machine,
+            name,
+            history,
+            parent,
+            origin,
+            epoch,
+        };
         let action = feed(&mut receiver, message);
         assert_eq!(refusal_of(&action), Some((false, RefusalCode::Name)));
         assert!(matches!(feed(&mut receiver, open(2)), Action::Open(_)));
@@ -210,9 +335,20 @@ fn names_are_checked_and_a_bad_one_costs_only_its_stream() {
 #[test]
 fn questions_are_bounded_and_rise() {
     let mut receiver = with_stream(0);
-    assert!(matches!(feed(&mut receiver, declare(1, 5)), Action::Declare { .. }));
-    assert!(matches!(feed(&mut receiver, compare(1, 5, 10)), Action::Compare { .. }));
-    let wrong = [(1, 5, 10), (2, 6, 10), (2, 5, 0), (2, 5, COMPARE_BLOCKS_MAX + 1)];
+    assert!(matches!(
+        feed(&mut receiver, declare(1, 5)),
+        Action::Declare { .. }
+    ));
+    assert!(matches!(
+        feed(&mut receiver, compare(1, 5, 10)),
+        Action::Compare { .. }
+    ));
+    let wrong = [
+        (1, 5, 10),
+        (2, 6, 10),
+        (2, 5, 0),
+        (2, 5, COMPARE_BLOCKS_MAX + 1),
+    ];
     for (number, disk, blocks) in wrong {
         let mut receiver = with_stream(0);
         feed(&mut receiver, declare(1, 5));

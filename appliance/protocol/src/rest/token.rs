@@ -21,7 +21,10 @@ impl TokenText {
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let (secret, fingerprint) = text.trim().split_once('.')?;
-        Some(Self { secret: parse_hex(secret)?, fingerprint: parse_hex(fingerprint)? })
+        Some(Self {
+            secret: parse_hex(secret)?,
+            fingerprint: parse_hex(fingerprint)?,
+        })
     }
 
     /// Writes the token.
@@ -62,11 +65,20 @@ mod tests {
 
     #[test]
     fn a_token_survives_its_text_and_a_wrong_one_does_not_parse() {
-        let token = TokenText { secret: [0xA5; 32], fingerprint: [7; 32] };
+        let token = TokenText {
+            secret: [0xA5; 32],
+            fingerprint: [7; 32],
+        };
         let text = token.text();
         assert_eq!(text.len(), 129);
         assert!(TokenText::parse(&format!(" {text}\n")) == Some(token));
-        for wrong in ["", ".", &text[1..], &text.replace('.', ""), &text.replace("a5", "+5")] {
+        for wrong in [
+            "",
+            ".",
+            &text[1..],
+            &text.replace('.', ""),
+            &text.replace("a5", "+5"),
+        ] {
             assert!(TokenText::parse(wrong).is_none(), "{wrong}");
         }
     }

@@ -93,14 +93,32 @@ impl<B: AsRef<[u8]>> Outgoing<B> {
         let none = Vec::new();
         match self {
             Self::Message(message) => wire::encode(message),
-            Self::Frame { stream, first, last, bytes } => {
+            Self::Frame {
+                stream,
+                first,
+                last,
+                bytes,
+            } => {
                 let (stream, first, last) = (*stream, *first, *last);
-                let message = FromSender::Frame { stream, first, last, bytes: none };
+                let message = FromSender::Frame {
+                    stream,
+                    first,
+                    last,
+                    bytes: none,
+                };
                 wire::encode_before_blob(&message, bytes.as_ref().len())
             }
-            Self::Bulk { stream, number, bytes } => {
+            Self::Bulk {
+                stream,
+                number,
+                bytes,
+            } => {
                 let (stream, number) = (*stream, *number);
-                let message = FromSender::Bulk { stream, number, bytes: none };
+                let message = FromSender::Bulk {
+                    stream,
+                    number,
+                    bytes: none,
+                };
                 wire::encode_before_blob(&message, bytes.as_ref().len())
             }
         }

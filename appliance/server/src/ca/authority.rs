@@ -98,7 +98,10 @@ impl Lifetime {
     #[must_use]
     pub fn from_now(now: Timestamp, ttl: Duration) -> Self {
         let from = Timestamp(now.0.saturating_sub(nanoseconds(SKEW)));
-        Self { from, until: Timestamp(now.0.saturating_add(nanoseconds(ttl))) }
+        Self {
+            from,
+            until: Timestamp(now.0.saturating_add(nanoseconds(ttl))),
+        }
     }
 }
 
@@ -142,8 +145,12 @@ impl Authority {
         let read = |path: &Path| {
             std::fs::read_to_string(path).map_err(|source| file_error("reading", path, source))
         };
-        Self::from_pem(&read(&certificate_path)?, &read(&key_path)?)
-            .map_err(|source| CaError::Unusable { path: directory.to_owned(), source })
+        Self::from_pem(&read(&certificate_path)?, &read(&key_path)?).map_err(|source| {
+            CaError::Unusable {
+                path: directory.to_owned(),
+                source,
+            }
+        })
     }
 
     fn create(directory: &Path, now: Timestamp, entropy: &dyn Entropy) -> Result<(), CaError> {
@@ -157,10 +164,16 @@ impl Authority {
         let lifetime = Lifetime::from_now(now, AUTHORITY_TTL);
         let mut params = params(lifetime, serial(entropy), NAME);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
         let certificate = params.self_signed(&key).map_err(sign)?;
         write_durably(&directory.join(KEY_FILE), key.serialize_pem().as_bytes())?;
-        write_durably(&directory.join(CERTIFICATE_FILE), certificate.pem().as_bytes())
+        write_durably(
+            &directory.join(CERTIFICATE_FILE),
+            certificate.pem().as_bytes(),
+        )
     }
 
     fn from_pem(certificate_pem: &str, key_pem: &str) -> Result<Self, rcgen::Error> {
@@ -168,7 +181,11 @@ impl Authority {
         let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
         let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
-        Ok(Self { issuer, certificate, certificate_pem: certificate_pem.to_owned() })
+        Ok(Self {
+            issuer,
+            certificate,
+            certificate_pem: certificate_pem.to_owned(),
+        })
     }
 
     /// The authority's certificate, DER.
@@ -203,7 +220,13 @@ impl Authority {
         let request = CertificateSigningRequestParams::from_pem(request_pem)
             .map_err(|source| CaError::Request { source })?;
         let name = format!("afterimage agent {agent}");
-        self.sign_client(&request.public_key, &agent_uri(agent), &name, lifetime, entropy)
+        self.sign_client(
+            &request.public_key,
+            &agent_uri(agent),
+            &name,
+            lifetime,
+            entropy,
+        )
     }
 
     /// Makes a key and a certificate for an admin; the key is given as PEM.
@@ -250,7 +273,14 @@ impl Authority {
         let names: Result<Vec<_>, _> = names.iter().map(|name| server_name(name)).collect();
         let key = KeyPair::generate().map_err(|source| CaError::Sign { source })?;
         let usage = ExtendedKeyUsagePurpose::ServerAuth;
-        let issued = self.sign(&key, names?, usage, "afterimage appliance", lifetime, entropy)?;
+        let issued = self.sign(
+            &key,
+            names?,
+            usage,
+            "afterimage appliance",
+            lifetime,
+            entropy,
+        )?;
         Ok((issued, key))
     }
 
@@ -269,8 +299,9 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![usage];
         params.use_authority_key_identifier_extension = true;
-        let certificate =
-            params.signed_by(key, &self.issuer).map_err(|source| CaError::Sign { source })?;
+        let certificate = params
+            .signed_by(key, &self.issuer)
+            .map_err(|source| CaError::Sign { source })?;
         Ok(Issued {
             certificate_pem: certificate.pem(),
             certificate: certificate.der().clone(),
@@ -306,8 +337,12 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
     }
     let is_legal = !name.is_empty()
         && name.len() <= 253
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_*".contains(&byte));
-    let wrong = || CaError::Name { name: name.to_owned() };
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b".-_*".contains(&byte));
+    let wrong = || CaError::Name {
+        name: name.to_owned(),
+    };
     if !is_legal {
         return Err(wrong());
     }
@@ -315,7 +350,11 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
 }
 
 fn file_error(operation: &'static str, path: &Path, source: io::Error) -> CaError {
-    CaError::File { operation, path: path.to_owned(), source }
+    CaError::File {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// Writes a secret file beside its place, and renames it: a crash leaves the whole or nothing.
@@ -334,7 +373,11 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), CaError> {
         .mode(0o600)
         .open(&beside)
         .map_err(wrong)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(wrong)?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(wrong)?;
     std::fs::rename(&beside, path).map_err(wrong)?;
-    std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(wrong)
+    std::fs::File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(wrong)
 }

@@ -32,12 +32,17 @@ impl PeerCertificate {
     pub fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
         let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
         let names = certificate.subject_alternative_name().ok()??;
-        let [GeneralName::URI(uri)] = names.value.general_names.as_slice() else { return None };
+        let [GeneralName::URI(uri)] = names.value.general_names.as_slice() else {
+            return None;
+        };
         let identity = match uri.strip_prefix(AGENT) {
             Some(agent) => PeerIdentity::Agent(agent.parse().ok()?),
             None => PeerIdentity::Admin(uri.strip_prefix(ADMIN)?.to_owned()),
         };
-        Some(Self { identity, serial: certificate.raw_serial().to_vec() })
+        Some(Self {
+            identity,
+            serial: certificate.raw_serial().to_vec(),
+        })
     }
 }
 
@@ -47,6 +52,12 @@ pub(super) fn agent_uri(agent: AgentId) -> String {
 
 /// A name as a part of a URN: whatever else than a letter, digit, dot or hyphen becomes a hyphen.
 pub(super) fn admin_uri(name: &str) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || c == '.' {
+            c
+        } else {
+            '-'
+        }
+    };
     format!("{ADMIN}{}", name.chars().map(plain).collect::<String>())
 }

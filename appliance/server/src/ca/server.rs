@@ -40,7 +40,14 @@ impl ServerIdentity {
         entropy: Arc<dyn Entropy>,
     ) -> Result<Self, CaError> {
         let current = issue(&authority, &names, ttl, clock.wall(), &*entropy)?;
-        Ok(Self { authority, names, ttl, clock, entropy, current: Mutex::new(current) })
+        Ok(Self {
+            authority,
+            names,
+            ttl,
+            clock,
+            entropy,
+            current: Mutex::new(current),
+        })
     }
 
     fn key(&self) -> Arc<CertifiedKey> {
@@ -65,14 +72,20 @@ fn issue(
 ) -> Result<Current, CaError> {
     let lifetime = Lifetime::from_now(now, ttl);
     let (issued, key) = authority.issue_server(names, lifetime, entropy)?;
-    let unusable = |_| CaError::Sign { source: rcgen::Error::CouldNotParseKeyPair };
-    let key = PrivateKeyDer::try_from(key.serialize_der())
-        .map_err(|_| CaError::Sign { source: rcgen::Error::CouldNotParseKeyPair })?;
+    let unusable = |_| CaError::Sign {
+        source: rcgen::Error::CouldNotParseKeyPair,
+    };
+    let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|_| CaError::Sign {
+        source: rcgen::Error::CouldNotParseKeyPair,
+    })?;
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&key).map_err(unusable)?;
     // The authority's certificate goes along, so that an agent can compare its fingerprint.
     let chain = vec![issued.certificate, authority.certificate().clone()];
     let renew_at = Timestamp(now.0 + (issued.expires.0 - now.0) / 3 * 2);
-    Ok(Current { key: Arc::new(CertifiedKey::new(chain, key)), renew_at })
+    Ok(Current {
+        key: Arc::new(CertifiedKey::new(chain, key)),
+        renew_at,
+    })
 }
 
 impl ResolvesServerCert for ServerIdentity {
@@ -83,6 +96,8 @@ impl ResolvesServerCert for ServerIdentity {
 
 impl std::fmt::Debug for ServerIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ServerIdentity").field("names", &self.names).finish_non_exhaustive()
+        f.debug_struct("ServerIdentity")
+            .field("names", &self.names)
+            .finish_non_exhaustive()
     }
 }

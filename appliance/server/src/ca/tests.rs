@@ -19,7 +19,10 @@ fn the_authority_is_made_once_and_its_key_is_secret() {
     let first = authority(&path).fingerprint();
     assert_eq!(authority(&path).fingerprint(), first);
     for file in ["authority.key", "authority.pem"] {
-        let mode = std::fs::metadata(path.join(file)).unwrap().permissions().mode();
+        let mode = std::fs::metadata(path.join(file))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
 }
@@ -40,7 +43,10 @@ fn a_half_or_damaged_authority_is_never_replaced() {
         Authority::open(path, NOW, &SystemEntropy),
         Err(CaError::Unusable { .. })
     ));
-    assert_eq!(std::fs::read(path.join("authority.pem")).unwrap(), certificate);
+    assert_eq!(
+        std::fs::read(path.join("authority.pem")).unwrap(),
+        certificate
+    );
 }
 
 #[test]
@@ -58,11 +64,15 @@ fn certificates_say_who_they_are_for_and_nothing_else() {
     let lifetime = Lifetime::from_now(NOW, Duration::from_secs(60));
     let agent = AgentId([4; 16]);
     let (_, pem) = request();
-    let issued = authority.sign_agent(&pem, agent, lifetime, &SystemEntropy).unwrap();
+    let issued = authority
+        .sign_agent(&pem, agent, lifetime, &SystemEntropy)
+        .unwrap();
     let read = PeerCertificate::read(&issued.certificate).unwrap();
     assert_eq!(read.identity, PeerIdentity::Agent(agent));
     assert_eq!(read.serial, issued.serial);
-    let (issued, _) = authority.issue_admin("eve/urn:x", lifetime, &SystemEntropy).unwrap();
+    let (issued, _) = authority
+        .issue_admin("eve/urn:x", lifetime, &SystemEntropy)
+        .unwrap();
     let read = PeerCertificate::read(&issued.certificate).unwrap();
     assert_eq!(read.identity, PeerIdentity::Admin("eve-urn-x".to_owned()));
     assert!(PeerCertificate::read(authority.certificate()).is_none());
@@ -77,7 +87,11 @@ fn wrong_requests_and_names_are_refused() {
     assert!(matches!(error, Err(CaError::Request { .. })));
     let (_, pem) = request();
     let damaged = pem.replacen('A', "B", 3);
-    assert!(authority.sign_agent(&damaged, AgentId([4; 16]), lifetime, &SystemEntropy).is_err());
+    assert!(
+        authority
+            .sign_agent(&damaged, AgentId([4; 16]), lifetime, &SystemEntropy)
+            .is_err()
+    );
     for name in ["", "a b", "ü"] {
         let names = [name.to_owned()];
         let error = authority.issue_server(&names, lifetime, &SystemEntropy);

@@ -66,7 +66,11 @@ impl Catalogue {
         let transaction = connection.transaction().map_err(&fail)?;
         let text = agent.to_string();
         let revoked: Option<Option<i64>> = transaction
-            .query_row("SELECT revoked FROM agents WHERE agent = ?1", [&text], |row| row.get(0))
+            .query_row(
+                "SELECT revoked FROM agents WHERE agent = ?1",
+                [&text],
+                |row| row.get(0),
+            )
             .optional()
             .map_err(&fail)?;
         match revoked {
@@ -94,7 +98,9 @@ impl Catalogue {
         self.with("list machines", |connection| {
             connection
                 .prepare("SELECT machine, name FROM machines ORDER BY name, machine")?
-                .query_map([], |row| Ok((parse_id(0, &row.get::<_, String>(0)?)?, row.get(1)?)))?
+                .query_map([], |row| {
+                    Ok((parse_id(0, &row.get::<_, String>(0)?)?, row.get(1)?))
+                })?
                 .collect()
         })
     }

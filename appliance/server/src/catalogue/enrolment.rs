@@ -123,11 +123,17 @@ impl Catalogue {
         let mut connection = self.connection.lock();
         let transaction = connection.transaction().map_err(&fail)?;
         let is_known = transaction
-            .query_row("SELECT 1 FROM agents WHERE agent = ?1", [agent.to_string()], |_| Ok(()))
+            .query_row(
+                "SELECT 1 FROM agents WHERE agent = ?1",
+                [agent.to_string()],
+                |_| Ok(()),
+            )
             .optional()
             .map_err(&fail)?;
         if is_known.is_none() {
-            return Err(CatalogueError::NoAgent { agent: agent.to_string() });
+            return Err(CatalogueError::NoAgent {
+                agent: agent.to_string(),
+            });
         }
         note_certificate(&transaction, agent, certificate, now)?;
         transaction.commit().map_err(&fail)
@@ -147,7 +153,12 @@ impl Catalogue {
             connection.execute(
                 "INSERT INTO certificates (serial, admin, issued, expires)
                  VALUES (?1, ?2, ?3, ?4)",
-                params![certificate.serial, name, to_sql(now), to_sql(certificate.expires)],
+                params![
+                    certificate.serial,
+                    name,
+                    to_sql(now),
+                    to_sql(certificate.expires)
+                ],
             )
         })?;
         Ok(())
@@ -157,11 +168,7 @@ impl Catalogue {
     ///
     /// # Errors
     /// [`CatalogueError::Sql`].
-    pub fn is_valid(
-        &self,
-        serial: &[u8],
-        identity: &PeerIdentity,
-    ) -> Result<bool, CatalogueError> {
+    pub fn is_valid(&self, serial: &[u8], identity: &PeerIdentity) -> Result<bool, CatalogueError> {
         let agent = match identity {
             PeerIdentity::Agent(agent) => Some(agent.to_string()),
             PeerIdentity::Admin(_) => None,
@@ -198,7 +205,11 @@ impl Catalogue {
             transaction.commit()?;
             Ok(changed)
         })?;
-        if changed == 0 { Err(CatalogueError::NoAgent { agent: text }) } else { Ok(()) }
+        if changed == 0 {
+            Err(CatalogueError::NoAgent { agent: text })
+        } else {
+            Ok(())
+        }
     }
 
     /// Lists the agents.
@@ -210,8 +221,8 @@ impl Catalogue {
             let mut agents = connection.prepare(
                 "SELECT agent, enrolled, expires, revoked FROM agents ORDER BY enrolled, agent",
             )?;
-            let mut machines =
-                connection.prepare("SELECT machine FROM grants WHERE agent = ?1 ORDER BY machine")?;
+            let mut machines = connection
+                .prepare("SELECT machine FROM grants WHERE agent = ?1 ORDER BY machine")?;
             let mut listed = Vec::new();
             let mut rows = agents.query([])?;
             while let Some(row) = rows.next()? {
@@ -270,13 +281,20 @@ fn note_certificate(
         )
         .map_err(&fail)?;
     let revoked: Option<i64> = transaction
-        .query_row("SELECT revoked FROM agents WHERE agent = ?1", [&agent], |row| row.get(0))
+        .query_row(
+            "SELECT revoked FROM agents WHERE agent = ?1",
+            [&agent],
+            |row| row.get(0),
+        )
         .map_err(&fail)?;
     if revoked.is_some() {
         return Err(CatalogueError::AgentRevoked { agent });
     }
     transaction
-        .execute("DELETE FROM certificates WHERE agent = ?1 AND expires < ?2", params![agent, now])
+        .execute(
+            "DELETE FROM certificates WHERE agent = ?1 AND expires < ?2",
+            params![agent, now],
+        )
         .and_then(|_| {
             transaction.execute(
                 "INSERT INTO certificates (serial, agent, issued, expires)

@@ -14,12 +14,7 @@ impl Catalogue {
     ///
     /// # Errors
     /// [`CatalogueError::Sql`].
-    pub fn add_event(
-        &self,
-        now: Timestamp,
-        kind: &str,
-        text: &str,
-    ) -> Result<(), CatalogueError> {
+    pub fn add_event(&self, now: Timestamp, kind: &str, text: &str) -> Result<(), CatalogueError> {
         let text: String = text.chars().take(TEXT_CHARS_MAX).collect();
         let kept = i64::try_from(self.events_max).unwrap_or(i64::MAX);
         self.with("add an event", |connection| {
@@ -29,8 +24,10 @@ impl Catalogue {
                 params![to_sql(now), kind, text],
             )?;
             let newest = transaction.last_insert_rowid();
-            transaction
-                .execute("DELETE FROM events WHERE number <= ?1", [newest.saturating_sub(kept)])?;
+            transaction.execute(
+                "DELETE FROM events WHERE number <= ?1",
+                [newest.saturating_sub(kept)],
+            )?;
             transaction.commit()
         })
     }

@@ -83,9 +83,9 @@ impl CatalogueError {
                 Some(rusqlite::ErrorCode::DiskFull | rusqlite::ErrorCode::DatabaseBusy) => {
                     ErrorClass::Retry
                 }
-                Some(
-                    rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase,
-                ) => ErrorClass::Corrupt,
+                Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
+                    ErrorClass::Corrupt
+                }
                 _ => ErrorClass::Operator,
             },
             Self::Newer { .. } => ErrorClass::Operator,
@@ -125,7 +125,10 @@ impl Catalogue {
     pub fn open(path: &Path, events_max: u64) -> Result<Self, CatalogueError> {
         let mut connection = Connection::open(path).map_err(sql("open"))?;
         schema::prepare(&mut connection, path)?;
-        Ok(Self { connection: Arc::new(Mutex::new(connection)), events_max })
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connection)),
+            events_max,
+        })
     }
 
     /// Does blocking work with the catalogue away from the threads that carry data.

@@ -56,15 +56,28 @@ const STEPS: [&str; 1] = [r"
 /// From here on every transaction is on disk when it has committed.
 pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), CatalogueError> {
     let fail = sql("prepare");
-    connection.busy_timeout(Duration::from_secs(5)).map_err(&fail)?;
-    connection.pragma_update(None, "journal_mode", "WAL").map_err(&fail)?;
-    connection.pragma_update(None, "synchronous", "FULL").map_err(&fail)?;
-    connection.pragma_update(None, "foreign_keys", "ON").map_err(&fail)?;
-    let found: i64 =
-        connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(&fail)?;
+    connection
+        .busy_timeout(Duration::from_secs(5))
+        .map_err(&fail)?;
+    connection
+        .pragma_update(None, "journal_mode", "WAL")
+        .map_err(&fail)?;
+    connection
+        .pragma_update(None, "synchronous", "FULL")
+        .map_err(&fail)?;
+    connection
+        .pragma_update(None, "foreign_keys", "ON")
+        .map_err(&fail)?;
+    let found: i64 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(&fail)?;
     let known = i64::try_from(STEPS.len()).unwrap_or(i64::MAX);
     if found > known {
-        return Err(CatalogueError::Newer { path: path.to_owned(), found, known });
+        return Err(CatalogueError::Newer {
+            path: path.to_owned(),
+            found,
+            known,
+        });
     }
     let done = usize::try_from(found).unwrap_or(0);
     for (index, step) in STEPS.iter().enumerate().skip(done) {
@@ -72,7 +85,9 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Ca
         let migrate = sql("migrate");
         let transaction = connection.transaction().map_err(&migrate)?;
         transaction.execute_batch(step).map_err(&migrate)?;
-        transaction.pragma_update(None, "user_version", version).map_err(&migrate)?;
+        transaction
+            .pragma_update(None, "user_version", version)
+            .map_err(&migrate)?;
         transaction.commit().map_err(&migrate)?;
     }
     Ok(())

@@ -14,7 +14,10 @@ fn catalogue(directory: &tempfile::TempDir) -> Catalogue {
 }
 
 fn certificate(serial: u8) -> NewCertificate {
-    NewCertificate { serial: vec![serial; 16], expires: LATER }
+    NewCertificate {
+        serial: vec![serial; 16],
+        expires: LATER,
+    }
 }
 
 fn enrol(
@@ -34,14 +37,29 @@ fn a_token_is_used_once_and_in_time() {
     for token in [1, 2] {
         catalogue.add_token(&[token; 32], NOW, LATER).unwrap();
     }
-    assert!(matches!(enrol(&catalogue, 9, AGENT, NOW), Err(CatalogueError::TokenUnknown)));
-    assert!(matches!(enrol(&catalogue, 1, AGENT, LATER), Err(CatalogueError::TokenExpired)));
+    assert!(matches!(
+        enrol(&catalogue, 9, AGENT, NOW),
+        Err(CatalogueError::TokenUnknown)
+    ));
+    assert!(matches!(
+        enrol(&catalogue, 1, AGENT, LATER),
+        Err(CatalogueError::TokenExpired)
+    ));
     assert_eq!(enrol(&catalogue, 1, AGENT, NOW).unwrap().holder, AGENT);
-    assert!(matches!(enrol(&catalogue, 1, AGENT, NOW), Err(CatalogueError::TokenUsed)));
-    assert!(matches!(catalogue.check_token(&[1; 32], NOW), Err(CatalogueError::TokenUsed)));
+    assert!(matches!(
+        enrol(&catalogue, 1, AGENT, NOW),
+        Err(CatalogueError::TokenUsed)
+    ));
+    assert!(matches!(
+        catalogue.check_token(&[1; 32], NOW),
+        Err(CatalogueError::TokenUsed)
+    ));
     // The machine stays with whoever holds it.
     assert_eq!(enrol(&catalogue, 2, OTHER, NOW).unwrap().holder, AGENT);
-    assert_eq!(catalogue.grant(MACHINE, OTHER).unwrap(), Grant::HeldByOther(AGENT));
+    assert_eq!(
+        catalogue.grant(MACHINE, OTHER).unwrap(),
+        Grant::HeldByOther(AGENT)
+    );
 }
 
 #[test]
@@ -58,7 +76,10 @@ fn a_machine_moves_to_an_agent_that_is_known() {
     let moved = catalogue.move_machine(MACHINE, OTHER, NOW).unwrap();
     assert_eq!(moved.before, Some(AGENT));
     assert_eq!(catalogue.grant(MACHINE, OTHER).unwrap(), Grant::Held);
-    assert_eq!(catalogue.grant(MACHINE, AGENT).unwrap(), Grant::HeldByOther(OTHER));
+    assert_eq!(
+        catalogue.grant(MACHINE, AGENT).unwrap(),
+        Grant::HeldByOther(OTHER)
+    );
     assert_eq!(catalogue.machines().unwrap(), [(MACHINE, "web".to_owned())]);
 }
 
@@ -71,8 +92,16 @@ fn revoking_ends_all_certificates_of_an_agent_for_good() {
     catalogue.renew(AGENT, &certificate(7), NOW).unwrap();
     let identity = PeerIdentity::Agent(AGENT);
     assert!(catalogue.is_valid(&[7; 16], &identity).unwrap());
-    assert!(!catalogue.is_valid(&[7; 16], &PeerIdentity::Agent(OTHER)).unwrap());
-    assert!(!catalogue.is_valid(&[7; 16], &PeerIdentity::Admin("x".to_owned())).unwrap());
+    assert!(
+        !catalogue
+            .is_valid(&[7; 16], &PeerIdentity::Agent(OTHER))
+            .unwrap()
+    );
+    assert!(
+        !catalogue
+            .is_valid(&[7; 16], &PeerIdentity::Admin("x".to_owned()))
+            .unwrap()
+    );
     assert!(!catalogue.is_valid(&[8; 16], &identity).unwrap());
     assert!(!catalogue.agents().unwrap()[0].is_revoked);
     catalogue.revoke(AGENT, NOW).unwrap();
@@ -93,11 +122,17 @@ fn events_are_bounded_and_all_of_it_survives_a_restart() {
         let catalogue = catalogue(&directory);
         catalogue.add_admin("eve", &certificate(4), NOW).unwrap();
         for number in 0..12 {
-            catalogue.add_event(NOW, "test", &format!("event {number}")).unwrap();
+            catalogue
+                .add_event(NOW, "test", &format!("event {number}"))
+                .unwrap();
         }
     }
     let catalogue = catalogue(&directory);
-    assert!(catalogue.is_valid(&[4; 16], &PeerIdentity::Admin("eve".to_owned())).unwrap());
+    assert!(
+        catalogue
+            .is_valid(&[4; 16], &PeerIdentity::Admin("eve".to_owned()))
+            .unwrap()
+    );
     let events = catalogue.events(0, 100).unwrap();
     let numbers: Vec<u64> = events.iter().map(|event| event.number).collect();
     assert_eq!(numbers, [8, 9, 10, 11, 12]);

@@ -46,7 +46,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
-        Ok(parts.extensions.get::<Self>().cloned().unwrap_or(Self::Anonymous))
+        Ok(parts
+            .extensions
+            .get::<Self>()
+            .cloned()
+            .unwrap_or(Self::Anonymous))
     }
 }
 
@@ -56,9 +60,15 @@ pub(super) async fn admins_only(caller: Caller, request: Request, next: Next) ->
         return next.run(request).await;
     }
     let (status, message) = match caller {
-        Caller::Agent(_) => (StatusCode::FORBIDDEN, "an agent's certificate does not allow this"),
+        Caller::Agent(_) => (
+            StatusCode::FORBIDDEN,
+            "an agent's certificate does not allow this",
+        ),
         Caller::Revoked => (StatusCode::FORBIDDEN, "the certificate was revoked"),
-        _ => (StatusCode::UNAUTHORIZED, "this needs an admin's certificate"),
+        _ => (
+            StatusCode::UNAUTHORIZED,
+            "this needs an admin's certificate",
+        ),
     };
     let hint = "use the local socket as root, or a certificate of `aft cert issue-admin`";
     Failure::new(status, ErrorClass::Refused, message, hint).into_response()

@@ -28,7 +28,10 @@ impl Failure {
         message: impl Into<String>,
         hint: impl Into<String>,
     ) -> Self {
-        Self { status, error: api_error(class, message, hint) }
+        Self {
+            status,
+            error: api_error(class, message, hint),
+        }
     }
 
     pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
@@ -39,7 +42,12 @@ impl Failure {
     pub(super) fn internal() -> Self {
         let hint = "look into the log of afterimaged, and report it";
         let status = StatusCode::INTERNAL_SERVER_ERROR;
-        Self::new(status, ErrorClass::Operator, "the request failed inside the appliance", hint)
+        Self::new(
+            status,
+            ErrorClass::Operator,
+            "the request failed inside the appliance",
+            hint,
+        )
     }
 }
 
@@ -55,7 +63,10 @@ pub(super) fn status_of(class: ErrorClass) -> StatusCode {
 
 impl From<ApiError> for Failure {
     fn from(error: ApiError) -> Self {
-        Self { status: status_of(error.class), error }
+        Self {
+            status: status_of(error.class),
+            error,
+        }
     }
 }
 
@@ -80,7 +91,10 @@ impl From<JsonRejection> for Failure {
 
 impl From<QueryRejection> for Failure {
     fn from(rejection: QueryRejection) -> Self {
-        let message = format!("the request's parameters are wrong: {}", rejection.body_text());
+        let message = format!(
+            "the request's parameters are wrong: {}",
+            rejection.body_text()
+        );
         Self::new(rejection.status(), ErrorClass::Refused, message, "")
     }
 }

@@ -27,7 +27,10 @@ fn seconds(s: u64) -> std::time::Duration {
 }
 
 fn noted(issued: &Issued) -> NewCertificate {
-    NewCertificate { serial: issued.serial.to_vec(), expires: issued.expires }
+    NewCertificate {
+        serial: issued.serial.to_vec(),
+        expires: issued.expires,
+    }
 }
 
 pub(super) async fn create_token(
@@ -46,8 +49,15 @@ pub(super) async fn create_token(
     let expires = Timestamp(now.0.saturating_add(ttl_s.saturating_mul(1_000_000_000)));
     let mut secret = [0; 32];
     appliance.entropy.fill(&mut secret);
-    appliance.catalogue.run(move |catalogue| catalogue.add_token(&secret, now, expires)).await?;
-    let token = TokenText { secret, fingerprint: appliance.authority.fingerprint() }.text();
+    appliance
+        .catalogue
+        .run(move |catalogue| catalogue.add_token(&secret, now, expires))
+        .await?;
+    let token = TokenText {
+        secret,
+        fingerprint: appliance.authority.fingerprint(),
+    }
+    .text();
     Ok(Json(Token { token, expires }))
 }
 
@@ -68,16 +78,29 @@ pub(super) async fn enrol(
 }
 
 async fn enrol_now(appliance: &Appliance, request: Enrol) -> Result<Enrolled, Failure> {
-    let Enrol { secret, agent, machine, machine_name, request_pem } = request;
-    let secret = parse_hex(&secret)
-        .ok_or_else(|| Failure::refused("the token is malformed", CatalogueError::TokenUnknown.hint()))?;
+    let Enrol {
+        secret,
+        agent,
+        machine,
+        machine_name,
+        request_pem,
+    } = request;
+    let secret = parse_hex(&secret).ok_or_else(|| {
+        Failure::refused(
+            "the token is malformed",
+            CatalogueError::TokenUnknown.hint(),
+        )
+    })?;
     check_name("machine", &machine_name)?;
     if agent.is_nil() || machine.is_nil() {
         return Err(Failure::refused("agent and machine need an identity", ""));
     }
     let now = appliance.now();
     // Nothing is signed for a token that could not be used.
-    appliance.catalogue.run(move |catalogue| catalogue.check_token(&secret, now)).await?;
+    appliance
+        .catalogue
+        .run(move |catalogue| catalogue.check_token(&secret, now))
+        .await?;
     let lifetime = Lifetime::from_now(now, seconds(appliance.config.certificates.agent_ttl_s));
     let issued = appliance
         .authority
@@ -140,8 +163,14 @@ pub(super) async fn renew(
         .sign_agent(&request_pem, agent, lifetime, &*appliance.entropy)
         .map_err(|error| Failure::from(afterimage_protocol::rest::ApiError::from(error)))?;
     let certificate = noted(&issued);
-    appliance.catalogue.run(move |catalogue| catalogue.renew(agent, &certificate, now)).await?;
-    Ok(Json(Renewed { certificate_pem: issued.certificate_pem, expires: issued.expires }))
+    appliance
+        .catalogue
+        .run(move |catalogue| catalogue.renew(agent, &certificate, now))
+        .await?;
+    Ok(Json(Renewed {
+        certificate_pem: issued.certificate_pem,
+        expires: issued.expires,
+    }))
 }
 
 pub(super) async fn issue_admin(
@@ -166,8 +195,14 @@ pub(super) async fn issue_admin(
         .issue_admin(&name, lifetime, &*appliance.entropy)
         .map_err(|error| Failure::from(afterimage_protocol::rest::ApiError::from(error)))?;
     let (certificate, admin) = (noted(&issued), name.clone());
-    appliance.catalogue.run(move |catalogue| catalogue.add_admin(&admin, &certificate, now)).await?;
-    appliance.events.note("admin-issued", format!("an admin's certificate was made for {name}"));
+    appliance
+        .catalogue
+        .run(move |catalogue| catalogue.add_admin(&admin, &certificate, now))
+        .await?;
+    appliance.events.note(
+        "admin-issued",
+        format!("an admin's certificate was made for {name}"),
+    );
     Ok(Json(AdminIdentity {
         certificate_pem: issued.certificate_pem,
         key_pem,
@@ -177,7 +212,12 @@ pub(super) async fn issue_admin(
 }
 
 pub(super) async fn agents(State(appliance): State<Arc<Appliance>>) -> Answer<Vec<Agent>> {
-    Ok(Json(appliance.catalogue.run(|catalogue| catalogue.agents()).await?))
+    Ok(Json(
+        appliance
+            .catalogue
+            .run(|catalogue| catalogue.agents())
+            .await?,
+    ))
 }
 
 pub(super) async fn revoke(
@@ -187,14 +227,18 @@ pub(super) async fn revoke(
 ) -> Answer<()> {
     let agent = parse_agent(&agent)?;
     let now = appliance.now();
-    appliance.catalogue.run(move |catalogue| catalogue.revoke(agent, now)).await?;
+    appliance
+        .catalogue
+        .run(move |catalogue| catalogue.revoke(agent, now))
+        .await?;
     let text = format!("agent {agent} was revoked by {}", caller.name());
     appliance.events.note("agent-revoked", text);
     Ok(Json(()))
 }
 
 fn parse_agent(text: &str) -> Result<AgentId, Failure> {
-    text.parse().map_err(|error: afterimage_blockdev::id::ParseIdError| {
-        Failure::refused(error.to_string(), "`aft agent list` shows the agents")
-    })
+    text.parse()
+        .map_err(|error: afterimage_blockdev::id::ParseIdError| {
+            Failure::refused(error.to_string(), "`aft agent list` shows the agents")
+        })
 }

@@ -108,8 +108,11 @@ async fn answer_tls(
     let stream = match timeout(patience, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
-            let kind =
-                if tls::is_expired(&error) { "certificate-expired" } else { "handshake-failed" };
+            let kind = if tls::is_expired(&error) {
+                "certificate-expired"
+            } else {
+                "handshake-failed"
+            };
             let text = format!("{peer} was refused at the control port: {error}");
             appliance.events.note(kind, text);
             return;
@@ -127,7 +130,9 @@ async fn caller(appliance: &Appliance, connection: &rustls::ServerConnection) ->
     if connection.peer_certificates().is_none() {
         return Caller::Anonymous;
     }
-    let Some(certificate) = tls::peer(connection) else { return Caller::Revoked };
+    let Some(certificate) = tls::peer(connection) else {
+        return Caller::Revoked;
+    };
     let asked = certificate.clone();
     let is_valid = appliance
         .catalogue

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use afterimage_blockdev::{ErrorClass, MachineId, PointId};
-use afterimage_protocol::rest::server::{
-    CreatePoint, MoveMachine, Point, Points, VerifyReport,
-};
+use afterimage_protocol::rest::server::{CreatePoint, MoveMachine, Point, Points, VerifyReport};
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
@@ -39,9 +37,17 @@ pub(super) async fn list_points(
     let limit = limit.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
     let page = appliance
         .engine
-        .ask(|reply| Command::ListPoints { machine, after, limit, reply })
+        .ask(|reply| Command::ListPoints {
+            machine,
+            after,
+            limit,
+            reply,
+        })
         .await??;
-    Ok(Json(Points { points: page.points, total: page.total }))
+    Ok(Json(Points {
+        points: page.points,
+        total: page.total,
+    }))
 }
 
 pub(super) async fn create_point(
@@ -52,7 +58,12 @@ pub(super) async fn create_point(
     let Json(CreatePoint { name, at }) = body?;
     let point = appliance
         .engine
-        .ask(|reply| Command::CreatePoint { machine, name, at, reply })
+        .ask(|reply| Command::CreatePoint {
+            machine,
+            name,
+            at,
+            reply,
+        })
         .await??;
     Ok(Json(point))
 }
@@ -62,8 +73,18 @@ pub(super) async fn delete_point(
     caller: Caller,
     Path((machine, name)): Path<(String, String)>,
 ) -> Answer<()> {
-    let text = format!("point {name} of machine {machine} was deleted by {}", caller.name());
-    appliance.engine.ask(|reply| Command::DeletePoint { machine, name, reply }).await??;
+    let text = format!(
+        "point {name} of machine {machine} was deleted by {}",
+        caller.name()
+    );
+    appliance
+        .engine
+        .ask(|reply| Command::DeletePoint {
+            machine,
+            name,
+            reply,
+        })
+        .await??;
     appliance.events.note("point-deleted", text);
     Ok(Json(()))
 }
@@ -71,7 +92,10 @@ pub(super) async fn delete_point(
 pub(super) async fn verify(State(appliance): State<Arc<Appliance>>) -> Answer<VerifyReport> {
     let report = appliance.engine.ask(Command::Verify).await??;
     if !report.damage.is_empty() {
-        let text = format!("{} damaged parts were found in the store", report.damage.len());
+        let text = format!(
+            "{} damaged parts were found in the store",
+            report.damage.len()
+        );
         appliance.events.note("damage-found", text);
     }
     Ok(Json(report))
@@ -95,10 +119,16 @@ pub(super) async fn move_machine(
     if is_stored {
         appliance
             .engine
-            .ask(|reply| Command::Fence { machine: id, origin: agent, reply })
+            .ask(|reply| Command::Fence {
+                machine: id,
+                origin: agent,
+                reply,
+            })
             .await??;
     }
-    let before = outcome.before.map_or("nobody".to_owned(), |agent| format!("agent {agent}"));
+    let before = outcome
+        .before
+        .map_or("nobody".to_owned(), |agent| format!("agent {agent}"));
     let by = caller.name();
     let text = format!("machine {name} was moved from {before} to agent {agent} by {by}");
     appliance.events.note("machine-moved", text);
@@ -107,10 +137,7 @@ pub(super) async fn move_machine(
 
 /// Finds a machine by name or identity, among those that have records and those that have only
 /// enrolled. Also says whether the engine knows it.
-async fn find(
-    appliance: &Appliance,
-    wanted: &str,
-) -> Result<(MachineId, String, bool), Failure> {
+async fn find(appliance: &Appliance, wanted: &str) -> Result<(MachineId, String, bool), Failure> {
     let status = appliance.engine.ask(Command::Status).await?;
     let identity = wanted.parse().ok();
     let stored = status
@@ -120,7 +147,10 @@ async fn find(
     if let Some(machine) = stored {
         return Ok((machine.machine, machine.name.clone(), true));
     }
-    let enrolled = appliance.catalogue.run(|catalogue| catalogue.machines()).await?;
+    let enrolled = appliance
+        .catalogue
+        .run(|catalogue| catalogue.machines())
+        .await?;
     let mut names = Vec::new();
     for (machine, name) in enrolled {
         if name == wanted || Some(machine) == identity {
@@ -132,7 +162,11 @@ async fn find(
     names.sort();
     names.dedup();
     names.truncate(10);
-    let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let known = if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    };
     Err(Failure::new(
         StatusCode::NOT_FOUND,
         ErrorClass::Refused,

@@ -47,8 +47,11 @@ pub(super) async fn remove(
     removal: Result<Query<Removal>, QueryRejection>,
 ) -> Answer<()> {
     let Query(Removal { drop_branch }) = removal?;
-    let id = id
-        .parse()
-        .map_err(|_| Failure::refused(format!("{id:?} is no mount's number"), "`aft mounts` lists them"))?;
+    let id = id.parse().map_err(|_| {
+        Failure::refused(
+            format!("{id:?} is no mount's number"),
+            "`aft mounts` lists them",
+        )
+    })?;
     blocking(&appliance, move |mounts| mounts.remove(id, drop_branch)).await
 }

@@ -17,8 +17,9 @@ use crate::appliance::Appliance;
 /// Makes the routes. Each connection adds who its caller is.
 pub fn router(appliance: Arc<Appliance>) -> Router {
     let body_bytes_max = appliance.config.control.body_bytes_max;
-    let for_all =
-        Router::new().route("/v1/enrol", post(enrol::enrol)).route("/v1/renew", post(enrol::renew));
+    let for_all = Router::new()
+        .route("/v1/enrol", post(enrol::enrol))
+        .route("/v1/renew", post(enrol::renew));
     let for_admins = Router::new()
         .route("/v1/status", get(status::status))
         .route("/v1/machines", get(status::machines))
@@ -28,7 +29,10 @@ pub fn router(appliance: Arc<Appliance>) -> Router {
             "/v1/machines/{machine}/points",
             get(machines::list_points).post(machines::create_point),
         )
-        .route("/v1/machines/{machine}/points/{name}", delete(machines::delete_point))
+        .route(
+            "/v1/machines/{machine}/points/{name}",
+            delete(machines::delete_point),
+        )
         .route("/v1/mounts", get(mounts::list).post(mounts::create))
         .route("/v1/mounts/{id}", delete(mounts::remove))
         .route("/v1/log/verify", post(machines::verify))
@@ -48,10 +52,20 @@ pub fn router(appliance: Arc<Appliance>) -> Router {
 
 async fn not_found() -> Failure {
     let hint = "aft and afterimaged may be of different releases";
-    Failure::new(StatusCode::NOT_FOUND, ErrorClass::Refused, "there is no such request", hint)
+    Failure::new(
+        StatusCode::NOT_FOUND,
+        ErrorClass::Refused,
+        "there is no such request",
+        hint,
+    )
 }
 
 async fn wrong_method() -> Failure {
     let status = StatusCode::METHOD_NOT_ALLOWED;
-    Failure::new(status, ErrorClass::Refused, "there is no such request with this method", "")
+    Failure::new(
+        status,
+        ErrorClass::Refused,
+        "there is no such request with this method",
+        "",
+    )
 }

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use afterimage_blockdev::{ErrorClass, MachineId, Timestamp};
 use afterimage_protocol::message::{DiskPhase, DiskReport, SourceReport};
-use afterimage_protocol::rest::server::{
-    DiskStatus, Event, MachineStatus, ServerStatus, StageLag,
-};
+use afterimage_protocol::rest::server::{DiskStatus, Event, MachineStatus, ServerStatus, StageLag};
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
@@ -31,7 +29,11 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
         health.red(format!("ingest is paused: {refusal}"));
     }
     for machine in &machines {
-        judge(&mut health, machine, appliance.config.control.rpo_warning_ms);
+        judge(
+            &mut health,
+            machine,
+            appliance.config.control.rpo_warning_ms,
+        );
     }
     Ok(Json(ServerStatus {
         health: health.word().to_owned(),
@@ -47,7 +49,9 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
     }))
 }
 
-pub(super) async fn machines(State(appliance): State<Arc<Appliance>>) -> Answer<Vec<MachineStatus>> {
+pub(super) async fn machines(
+    State(appliance): State<Arc<Appliance>>,
+) -> Answer<Vec<MachineStatus>> {
     let engine = appliance.engine.ask(Command::Status).await?;
     Ok(Json(all_machines(&appliance, &engine, appliance.now())))
 }
@@ -59,8 +63,11 @@ pub(super) async fn disks(
     let engine = appliance.engine.ask(Command::Status).await?;
     let identity: Option<MachineId> = wanted.parse().ok();
     let machines = all_machines(&appliance, &engine, appliance.now());
-    let names: Vec<String> =
-        machines.iter().take(10).map(|machine| machine.name.clone()).collect();
+    let names: Vec<String> = machines
+        .iter()
+        .take(10)
+        .map(|machine| machine.name.clone())
+        .collect();
     let found = machines
         .into_iter()
         .find(|machine| machine.name == wanted || Some(machine.machine) == identity);
@@ -72,7 +79,11 @@ pub(super) async fn disks(
             format!("there is no machine {wanted:?}"),
             format!(
                 "known machines: {}",
-                if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+                if names.is_empty() {
+                    "none".to_owned()
+                } else {
+                    names.join(", ")
+                }
             ),
         )),
     }
@@ -92,7 +103,12 @@ pub(super) async fn events(
     let Query(EventPage { after, limit }) = page?;
     let after = after.unwrap_or(0);
     let limit = limit.unwrap_or(EVENTS_MAX).clamp(1, EVENTS_MAX);
-    Ok(Json(appliance.catalogue.run(move |catalogue| catalogue.events(after, limit)).await?))
+    Ok(Json(
+        appliance
+            .catalogue
+            .run(move |catalogue| catalogue.events(after, limit))
+            .await?,
+    ))
 }
 
 fn all_machines(
@@ -113,7 +129,10 @@ pub(super) fn describe(
     cache_ms: u64,
     now: Timestamp,
 ) -> MachineStatus {
-    let trunk = machine.histories.iter().find(|history| history.history == machine.trunk);
+    let trunk = machine
+        .histories
+        .iter()
+        .find(|history| history.history == machine.trunk);
     // What was reported of another history says nothing of this one.
     let reported = reported.filter(|reported| reported.history == machine.trunk);
     let report = reported.and_then(|reported| reported.report.as_ref());
@@ -122,7 +141,10 @@ pub(super) fn describe(
         .iter()
         .map(|disk| {
             let found = report.and_then(|report| {
-                report.disks.iter().find(|reported| reported.disk == disk.disk)
+                report
+                    .disks
+                    .iter()
+                    .find(|reported| reported.disk == disk.disk)
             });
             describe_disk(disk, found)
         })
@@ -133,11 +155,15 @@ pub(super) fn describe(
         name: machine.name.clone(),
         history: machine.trunk,
         epoch: trunk.map(|trunk| trunk.epoch).unwrap_or_default(),
-        origin: trunk.map(|trunk| trunk.origin).filter(|origin| !origin.is_nil()),
+        origin: trunk
+            .map(|trunk| trunk.origin)
+            .filter(|origin| !origin.is_nil()),
         is_connected: reported.is_some_and(|reported| reported.is_connected),
         durable: trunk.map(|trunk| trunk.durable).unwrap_or_default(),
         point_count: machine.point_count,
-        rpo_ms: trunk.filter(|_| is_bootable).map(|trunk| rpo_ms(trunk, report, now)),
+        rpo_ms: trunk
+            .filter(|_| is_bootable)
+            .map(|trunk| rpo_ms(trunk, report, now)),
         lag: lag(reported, cache_ms),
         disks,
     }
@@ -149,7 +175,9 @@ fn describe_disk(disk: &DiskSummary, reported: Option<&DiskReport>) -> DiskStatu
         name: disk.name.clone(),
         size_bytes: disk.size_bytes,
         phase: reported.map(|reported| reported.phase),
-        reason: reported.map(|reported| reported.reason.clone()).unwrap_or_default(),
+        reason: reported
+            .map(|reported| reported.reason.clone())
+            .unwrap_or_default(),
         done_bytes: reported.map_or(0, |reported| reported.done_bytes),
         total_bytes: reported.map_or(0, |reported| reported.total_bytes),
         has_copy: disk.has_copy,
@@ -176,11 +204,19 @@ fn lag(reported: Option<&Reported>, cache_ms: u64) -> StageLag {
         Some((reported, report)) => {
             let oldest = report.oldest_unacknowledged.filter(|_| reported.is_behind);
             let capture_ms = oldest.map_or(0, |oldest| ms_between(oldest, report.time));
-            (Some(capture_ms), Some(ms_between(report.time, reported.received)))
+            (
+                Some(capture_ms),
+                Some(ms_between(report.time, reported.received)),
+            )
         }
     };
     // A record is visible to views when the commit that holds it is reported.
-    StageLag { capture_ms, link_ms, cache_ms, apply_ms: 0 }
+    StageLag {
+        capture_ms,
+        link_ms,
+        cache_ms,
+        apply_ms: 0,
+    }
 }
 
 fn ms_between(from: Timestamp, to: Timestamp) -> u64 {
@@ -230,15 +266,24 @@ fn judge(health: &mut Health, machine: &MachineStatus, rpo_warning_ms: u64) {
         let name = format!("{name}/{}", disk.name);
         if let Some(damage) = disk.damage.first() {
             let more = disk.damage.len() - 1;
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            health.red(format!("disk {name}: {damage}{more}; see `aft disk show {name}`"));
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            health.red(format!(
+                "disk {name}: {damage}{more}; see `aft disk show {name}`"
+            ));
         }
         match disk.phase {
             Some(DiskPhase::Initial) => {
                 health.yellow(format!("disk {name}: its first copy is being made"));
             }
             Some(DiskPhase::Resync) => {
-                health.yellow(format!("disk {name}: differences are being sent: {}", disk.reason));
+                health.yellow(format!(
+                    "disk {name}: differences are being sent: {}",
+                    disk.reason
+                ));
             }
             Some(DiskPhase::ResyncNeeded) => {
                 health.red(format!("disk {name}: a resync is needed: {}", disk.reason));

@@ -55,31 +55,43 @@ async fn an_agent_enrols_once_with_a_token_and_renews_with_its_certificate() {
     let (key, pem) = request();
     let body = enrolment(&token, &pem);
     let post = Method::POST;
-    let (status, answer) =
-        control(address, nobody.clone(), post.clone(), "/v1/enrol", &body).await.unwrap();
+    let (status, answer) = control(address, nobody.clone(), post.clone(), "/v1/enrol", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::OK, "{answer}");
     let pem = answer["certificate_pem"].as_str().unwrap();
     let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
-    let agent = Identity { certificate, key: key_der(&key) };
+    let agent = Identity {
+        certificate,
+        key: key_der(&key),
+    };
 
-    let (status, answer) =
-        control(address, nobody.clone(), post.clone(), "/v1/enrol", &body).await.unwrap();
+    let (status, answer) = control(address, nobody.clone(), post.clone(), "/v1/enrol", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
-    assert!(answer["message"].as_str().unwrap().contains("used before"), "{answer}");
+    assert!(
+        answer["message"].as_str().unwrap().contains("used before"),
+        "{answer}"
+    );
     assert_eq!(answer["class"], "refused");
 
     let (_, pem) = request();
     let body = json!({ "request_pem": pem });
     let agent = client_config(&authority, Some(&agent));
-    let (status, answer) =
-        control(address, agent.clone(), post.clone(), "/v1/renew", &body).await.unwrap();
+    let (status, answer) = control(address, agent.clone(), post.clone(), "/v1/renew", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::OK, "{answer}");
-    let (status, _) = control(address, nobody, post, "/v1/renew", &body).await.unwrap();
+    let (status, _) = control(address, nobody, post, "/v1/renew", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::UNAUTHORIZED);
 
     let get = Method::GET;
-    let (status, answer) =
-        control(address, agent, get, "/v1/status", &Value::Null).await.unwrap();
+    let (status, answer) = control(address, agent, get, "/v1/status", &Value::Null)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
 }
 
@@ -90,7 +102,10 @@ async fn an_expired_unknown_or_malformed_token_is_refused_and_says_what_to_do() 
     let nobody = client_config(fixture.appliance.authority.certificate(), None);
     let expired = token(&fixture, 60).await;
     fixture.clock.advance(Duration::from_secs(61));
-    let unknown = TokenText { secret: [1; 32], ..expired };
+    let unknown = TokenText {
+        secret: [1; 32],
+        ..expired
+    };
     let (_, pem) = request();
     let mut malformed = enrolment(&expired, &pem);
     malformed["secret"] = json!("abc");
@@ -102,18 +117,27 @@ async fn an_expired_unknown_or_malformed_token_is_refused_and_says_what_to_do() 
         (enrolment(&unknown, &pem), "not known here"),
         (malformed, "malformed"),
         (nameless, "no name of a machine"),
-        (enrolment(&fresh, "nonsense"), "certificate request is not acceptable"),
+        (
+            enrolment(&fresh, "nonsense"),
+            "certificate request is not acceptable",
+        ),
     ];
     for (body, why) in cases {
         let nobody = nobody.clone();
-        let (status, answer) =
-            control(address, nobody, Method::POST, "/v1/enrol", &body).await.unwrap();
+        let (status, answer) = control(address, nobody, Method::POST, "/v1/enrol", &body)
+            .await
+            .unwrap();
         assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
-        assert!(answer["message"].as_str().unwrap().contains(why), "{answer}");
+        assert!(
+            answer["message"].as_str().unwrap().contains(why),
+            "{answer}"
+        );
     }
     // None of these attempts has used up the one that is good.
     let body = enrolment(&fresh, &pem);
-    let (status, _) = control(address, nobody, Method::POST, "/v1/enrol", &body).await.unwrap();
+    let (status, _) = control(address, nobody, Method::POST, "/v1/enrol", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::OK);
 }
 
@@ -126,7 +150,11 @@ async fn only_admins_administer_and_only_root_makes_admins() {
     let path = "/v1/certificates/admin";
     let (status, answer) = local(&fixture, Method::POST, path, &body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
-    let certificate = answer["certificate_pem"].as_str().unwrap().as_bytes().to_vec();
+    let certificate = answer["certificate_pem"]
+        .as_str()
+        .unwrap()
+        .as_bytes()
+        .to_vec();
     let key = answer["key_pem"].as_str().unwrap().as_bytes().to_vec();
     let admin = Identity {
         certificate: CertificateDer::from_pem_slice(&certificate).unwrap(),
@@ -134,25 +162,49 @@ async fn only_admins_administer_and_only_root_makes_admins() {
     };
     let admin = client_config(&authority, Some(&admin));
     let (get, post) = (Method::GET, Method::POST);
-    let (status, answer) =
-        control(address, admin.clone(), get.clone(), "/v1/status", &Value::Null).await.unwrap();
+    let (status, answer) = control(
+        address,
+        admin.clone(),
+        get.clone(),
+        "/v1/status",
+        &Value::Null,
+    )
+    .await
+    .unwrap();
     assert_eq!(status, StatusCode::OK, "{answer}");
     let (status, _) = control(address, admin, post, path, &body).await.unwrap();
     assert_eq!(status, StatusCode::FORBIDDEN);
 
     let nobody = client_config(&authority, None);
-    for path in ["/v1/status", "/v1/machines", "/v1/mounts", "/v1/agents", "/v1/events"] {
-        let (status, answer) =
-            control(address, nobody.clone(), get.clone(), path, &Value::Null).await.unwrap();
+    for path in [
+        "/v1/status",
+        "/v1/machines",
+        "/v1/mounts",
+        "/v1/agents",
+        "/v1/events",
+    ] {
+        let (status, answer) = control(address, nobody.clone(), get.clone(), path, &Value::Null)
+            .await
+            .unwrap();
         assert_eq!(status, StatusCode::UNAUTHORIZED, "{path}");
-        assert!(answer["hint"].as_str().unwrap().contains("aft cert issue-admin"));
+        assert!(
+            answer["hint"]
+                .as_str()
+                .unwrap()
+                .contains("aft cert issue-admin")
+        );
     }
     let revoked = fixture.agent(AGENT, HOUR);
-    fixture.appliance.catalogue.revoke(AGENT, fixture.appliance.now()).unwrap();
+    fixture
+        .appliance
+        .catalogue
+        .revoke(AGENT, fixture.appliance.now())
+        .unwrap();
     let revoked = client_config(&authority, Some(&revoked));
     let body = json!({ "request_pem": request().1 });
-    let (status, _) =
-        control(address, revoked, Method::POST, "/v1/renew", &body).await.unwrap();
+    let (status, _) = control(address, revoked, Method::POST, "/v1/renew", &body)
+        .await
+        .unwrap();
     assert_eq!(status, StatusCode::UNAUTHORIZED);
 }
 
@@ -161,18 +213,63 @@ async fn wrong_requests_are_answered_with_what_is_wrong() {
     let fixture = Fixture::start();
     let (get, post) = (Method::GET, Method::POST);
     let cases = [
-        (&get, "/v1/nothing", Value::Null, StatusCode::NOT_FOUND, "no such request"),
-        (&get, "/v1/tokens", Value::Null, StatusCode::METHOD_NOT_ALLOWED, "this method"),
-        (&post, "/v1/tokens", json!({}), StatusCode::UNPROCESSABLE_ENTITY, "ttl_s"),
-        (&post, "/v1/tokens", json!({ "ttl_s": 0 }), StatusCode::UNPROCESSABLE_ENTITY, "from 1"),
-        (&post, "/v1/mounts", json!({ "x": 1 }), StatusCode::UNPROCESSABLE_ENTITY, "unknown field"),
-        (&get, "/v1/events?after=x", Value::Null, StatusCode::BAD_REQUEST, "parameters"),
-        (&get, "/v1/machines/no/disks", Value::Null, StatusCode::NOT_FOUND, "no machine"),
+        (
+            &get,
+            "/v1/nothing",
+            Value::Null,
+            StatusCode::NOT_FOUND,
+            "no such request",
+        ),
+        (
+            &get,
+            "/v1/tokens",
+            Value::Null,
+            StatusCode::METHOD_NOT_ALLOWED,
+            "this method",
+        ),
+        (
+            &post,
+            "/v1/tokens",
+            json!({}),
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "ttl_s",
+        ),
+        (
+            &post,
+            "/v1/tokens",
+            json!({ "ttl_s": 0 }),
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "from 1",
+        ),
+        (
+            &post,
+            "/v1/mounts",
+            json!({ "x": 1 }),
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "unknown field",
+        ),
+        (
+            &get,
+            "/v1/events?after=x",
+            Value::Null,
+            StatusCode::BAD_REQUEST,
+            "parameters",
+        ),
+        (
+            &get,
+            "/v1/machines/no/disks",
+            Value::Null,
+            StatusCode::NOT_FOUND,
+            "no machine",
+        ),
     ];
     for (method, path, body, status, why) in cases {
         let (found, answer) = local(&fixture, method.clone(), path, &body).await;
         assert_eq!(found, status, "{path}: {answer}");
-        assert!(answer["message"].as_str().unwrap().contains(why), "{path}: {answer}");
+        assert!(
+            answer["message"].as_str().unwrap().contains(why),
+            "{path}: {answer}"
+        );
     }
 }
 
@@ -208,14 +305,22 @@ async fn a_move_changes_the_grant_and_fences_the_old_writer() {
     let path = "/v1/machines/web/move";
     let (status, answer) = local(&fixture, Method::POST, path, &body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
-    fixture.engine.wait(|told| (told.fenced == [(MACHINE, other)]).then_some(()));
+    fixture
+        .engine
+        .wait(|told| (told.fenced == [(MACHINE, other)]).then_some(()));
     let grant = fixture.appliance.catalogue.grant(MACHINE, AGENT).unwrap();
     assert_eq!(grant, crate::catalogue::Grant::HeldByOther(other));
 
     let body = json!({ "agent": AgentId([77; 16]) });
     let (status, answer) = local(&fixture, Method::POST, path, &body).await;
     assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
-    assert!(answer["message"].as_str().unwrap().contains("has enrolled here"), "{answer}");
+    assert!(
+        answer["message"]
+            .as_str()
+            .unwrap()
+            .contains("has enrolled here"),
+        "{answer}"
+    );
     let (status, answer) = local(&fixture, Method::POST, "/v1/machines/wbe/move", &body).await;
     assert_eq!(status, StatusCode::NOT_FOUND);
     assert!(answer["hint"].as_str().unwrap().contains("web"), "{answer}");
@@ -230,7 +335,13 @@ async fn health_has_causes() {
     fixture.engine.knows.lock().machines = vec![web.clone()];
     let status = get(&fixture, "/v1/status").await;
     assert_eq!(status["health"], "yellow");
-    assert!(status["causes"][0].as_str().unwrap().contains("not connected"), "{status}");
+    assert!(
+        status["causes"][0]
+            .as_str()
+            .unwrap()
+            .contains("not connected"),
+        "{status}"
+    );
     web.disks[0].damage = vec!["LSN 3 is damaged".to_owned()];
     fixture.engine.knows.lock().machines = vec![web];
     fixture.engine.knows.lock().paused = Some(Refusal {
@@ -255,6 +366,7 @@ async fn damage_found_by_a_check_is_an_event() {
     let (status, answer) = local(&fixture, Method::POST, path, &Value::Null).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(answer["damage"][0], "slot 7");
+    assert!(fixture.event("damage-found").await.contains("1 damaged"));
 }
 
 mod rpo {
@@ -324,7 +436,12 @@ mod rpo {
             total_bytes: 0,
         }];
         let time = Timestamp(100 * S);
-        let report = SourceReport { captured: Lsn(1), time, disks, ..SourceReport::default() };
+        let report = SourceReport {
+            captured: Lsn(1),
+            time,
+            disks,
+            ..SourceReport::default()
+        };
         let mut reported = reported(report, false);
         let now = Timestamp(101 * S);
         let status = describe(&web, Some(&reported), 2, now);

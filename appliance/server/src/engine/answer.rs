@@ -12,7 +12,11 @@ use super::command::{DiskSummary, EngineStatus, HistorySummary, MachineSummary};
 
 pub(super) fn api_error(error: &SeedError) -> ApiError {
     let (message, hint) = (error.to_string(), error.hint().to_owned());
-    ApiError { class: error.class(), message, hint }
+    ApiError {
+        class: error.class(),
+        message,
+        hint,
+    }
 }
 
 pub(super) fn refusal(error: &SeedError) -> Refusal {
@@ -26,7 +30,12 @@ pub(super) fn refusal(error: &SeedError) -> Refusal {
         _ => RefusalCode::Log,
     };
     let hint = error.hint().to_owned();
-    Refusal { code, class: error.class(), message: error.to_string(), hint }
+    Refusal {
+        code,
+        class: error.class(),
+        message: error.to_string(),
+        hint,
+    }
 }
 
 pub(super) fn stream_end(end: StreamEnd) -> Refusal {
@@ -101,7 +110,11 @@ pub(super) fn status(info: EngineInfo, free_bytes: u64, cache_ms: u64) -> Engine
         stored_bytes: info.stored_bytes,
         free_bytes,
         paused: info.paused.map(paused),
-        machines: info.machines.into_iter().map(|known| machine(known, &info.damage)).collect(),
+        machines: info
+            .machines
+            .into_iter()
+            .map(|known| machine(known, &info.damage))
+            .collect(),
         cache_ms,
     }
 }
@@ -126,7 +139,11 @@ fn machine(info: MachineInfo, store_damage: &[String]) -> MachineSummary {
                 is_open: history.is_open,
             })
             .collect(),
-        disks: info.disks.into_iter().map(|known| disk(known, store_damage)).collect(),
+        disks: info
+            .disks
+            .into_iter()
+            .map(|known| disk(known, store_damage))
+            .collect(),
         point_count: info.point_count,
     }
 }

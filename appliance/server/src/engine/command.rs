@@ -345,10 +345,7 @@ impl EngineHandle {
     ///
     /// # Errors
     /// [`EngineGone`].
-    pub fn ask_blocking<T>(
-        &self,
-        make: impl FnOnce(Reply<T>) -> Command,
-    ) -> Result<T, EngineGone> {
+    pub fn ask_blocking<T>(&self, make: impl FnOnce(Reply<T>) -> Command) -> Result<T, EngineGone> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(make(reply)).map_err(|_| EngineGone)?;
         (self.wake)();

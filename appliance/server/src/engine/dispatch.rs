@@ -23,7 +23,10 @@ use super::command::{
 use super::thread::{EngineThread, files_of, snapshot_of};
 
 fn unexpected() -> SeedError {
-    SeedError::Refused { message: "the engine answered something else".into(), hint: String::new() }
+    SeedError::Refused {
+        message: "the engine answered something else".into(),
+        hint: String::new(),
+    }
 }
 
 fn number(key: StreamKey) -> StreamNumber {
@@ -37,14 +40,25 @@ impl EngineThread {
             Command::Declare(request, reply) => self.declare(request, reply),
             Command::Append(key, frame) => self.give(Input::Frame(number(key), frame)),
             Command::Bulk(key, bulk, frame) => self.give(Input::Bulk(number(key), bulk, frame)),
-            Command::Compare { stream, disk, first_block, tags, reply } => {
+            Command::Compare {
+                stream,
+                disk,
+                first_block,
+                tags,
+                reply,
+            } => {
                 self.compare(number(stream), disk, first_block, tags, reply);
             }
             Command::Close(key) => {
                 self.streams.remove(&number(key));
                 self.ask(Request::CloseStream(number(key)), Box::new(|_, _| {}));
             }
-            Command::CreatePoint { machine, name, at, reply } => {
+            Command::CreatePoint {
+                machine,
+                name,
+                at,
+                reply,
+            } => {
                 let at = match at.as_deref().map(str::parse::<At>).transpose() {
                     Ok(at) => at,
                     Err(error) => {
@@ -52,26 +66,43 @@ impl EngineThread {
                         return;
                     }
                 };
-                self.answer(Request::CreatePoint { machine, name, at }, reply, |response| {
-                    match response {
+                self.answer(
+                    Request::CreatePoint { machine, name, at },
+                    reply,
+                    |response| match response {
                         Response::Point(record) => Some(answer::point(record)),
                         _ => None,
-                    }
-                });
+                    },
+                );
             }
-            Command::DeletePoint { machine, name, reply } => {
+            Command::DeletePoint {
+                machine,
+                name,
+                reply,
+            } => {
                 self.answer(Request::DeletePoint { machine, name }, reply, done);
             }
-            Command::ListPoints { machine, after, limit, reply } => {
-                self.answer(Request::ListPoints { machine, after, limit }, reply, |response| {
-                    match response {
+            Command::ListPoints {
+                machine,
+                after,
+                limit,
+                reply,
+            } => {
+                self.answer(
+                    Request::ListPoints {
+                        machine,
+                        after,
+                        limit,
+                    },
+                    reply,
+                    |response| match response {
                         Response::Points(points, total) => {
                             let points = points.into_iter().map(answer::point).collect();
                             Some(PointPage { points, total })
                         }
                         _ => None,
-                    }
-                });
+                    },
+                );
             }
             Command::OpenView(request, reply) => self.open_view(&request, reply),
             Command::Fork(request, reply) => self.fork(&request, reply),
@@ -88,8 +119,19 @@ impl EngineThread {
                 }),
             ),
             Command::Verify(reply) => self.verify(reply),
-            Command::Fence { machine, origin, reply } => {
-                self.answer(Request::Fence { machine, holder: origin }, reply, done);
+            Command::Fence {
+                machine,
+                origin,
+                reply,
+            } => {
+                self.answer(
+                    Request::Fence {
+                        machine,
+                        holder: origin,
+                    },
+                    reply,
+                    done,
+                );
             }
             Command::Stop(reply) => self.stop(reply),
         }
@@ -112,10 +154,25 @@ impl EngineThread {
     }
 
     fn open(&mut self, request: OpenRequest, reply: Reply<Result<StreamOpened, Refusal>>) {
-        let OpenRequest { machine, name, history, parent, origin, epoch, events } = request;
+        let OpenRequest {
+            machine,
+            name,
+            history,
+            parent,
+            origin,
+            epoch,
+            events,
+        } = request;
         let parent = parent.map(|fork| (fork.history, fork.lsn));
         self.ask(
-            Request::OpenStream { machine, name, history, parent, origin, epoch },
+            Request::OpenStream {
+                machine,
+                name,
+                history,
+                parent,
+                origin,
+                epoch,
+            },
             Box::new(move |thread, result| {
                 let opened = match result {
                     Ok(Response::Stream(opened)) => {
@@ -195,7 +252,10 @@ impl EngineThread {
         };
         let allow_incomplete = request.allow_incomplete;
         self.ask(
-            Request::Snapshot { reference, allow_incomplete },
+            Request::Snapshot {
+                reference,
+                allow_incomplete,
+            },
             Box::new(move |thread, result| {
                 let opened = result
                     .and_then(|response| snapshot_of(response).ok_or_else(unexpected))
@@ -215,7 +275,10 @@ impl EngineThread {
         };
         let allow_incomplete = request.allow_incomplete;
         self.ask(
-            Request::Fork { reference, allow_incomplete },
+            Request::Fork {
+                reference,
+                allow_incomplete,
+            },
             Box::new(move |thread, result| {
                 let opened = result.and_then(|response| match response {
                     Response::Branch(branch) => thread.branch(&branch),
@@ -254,13 +317,15 @@ impl EngineThread {
                 let store = thread.engine.store();
                 let points = thread.engine.cuts();
                 let run = move || {
-                    let report = result.map(files_of).and_then(|files| {
-                        verify_all(&*storage, store, &files, &points)
-                    });
+                    let report = result
+                        .map(files_of)
+                        .and_then(|files| verify_all(&*storage, store, &files, &points));
                     let _gone = reply.send(report.map_err(|error| answer::api_error(&error)));
                 };
                 // It reads the whole store, so it gets a thread of its own.
-                let spawned = std::thread::Builder::new().name("verify".to_owned()).spawn(run);
+                let spawned = std::thread::Builder::new()
+                    .name("verify".to_owned())
+                    .spawn(run);
                 if let Err(error) = spawned {
                     tracing::error!(%error, "cannot start the verification");
                 }
@@ -295,25 +360,40 @@ fn compare_tags(
 ) {
     let count = tags.len();
     let zero = Reader::zero_tag(&TagKey(taken.tag_key));
-    let sink = Sink::Tags { tags: vec![[0; 16]; count], zero };
+    let sink = Sink::Tags {
+        tags: vec![[0; 16]; count],
+        zero,
+    };
     let finish = move |result| {
         let differs = match result {
-            Ok(Sink::Tags { tags: here, .. }) => {
-                here.iter().zip(&tags).map(|(here, there)| here != there).collect()
-            }
+            Ok(Sink::Tags { tags: here, .. }) => here
+                .iter()
+                .zip(&tags)
+                .map(|(here, there)| here != there)
+                .collect(),
             // What cannot be read here is sent again: that is the repair.
             _ => vec![true; count],
         };
         let _gone = reply.send(Ok(differs));
     };
-    reader.read(&taken.snapshot, BlockIndex(first_block), count, sink, Box::new(finish));
+    reader.read(
+        &taken.snapshot,
+        BlockIndex(first_block),
+        count,
+        sink,
+        Box::new(finish),
+    );
 }
 
 fn verify_all(
     storage: &dyn Storage,
     store: afterimage_blockdev::StoreId,
     files: &[StoreFile],
-    points: &[(String, afterimage_blockdev::HistoryId, afterimage_blockdev::Lsn)],
+    points: &[(
+        String,
+        afterimage_blockdev::HistoryId,
+        afterimage_blockdev::Lsn,
+    )],
 ) -> Result<VerifyReport, SeedError> {
     let mut found = Verification::default();
     for file in files {

@@ -46,7 +46,11 @@ pub struct EngineSettings {
 }
 
 fn failed(message: String, hint: &str) -> ApiError {
-    ApiError { class: ErrorClass::Operator, message, hint: hint.to_owned() }
+    ApiError {
+        class: ErrorClass::Operator,
+        message,
+        hint: hint.to_owned(),
+    }
 }
 
 /// Reads the key that wraps the keys of all disks; makes it at the first start.
@@ -62,7 +66,10 @@ fn store_key(data_dir: &Path, entropy: &dyn Entropy) -> Result<[u8; 32], ApiErro
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             if data_dir.join("manifest").exists() {
                 let message = format!("{} is missing", path.display());
-                return Err(failed(message, "put the key back that belongs to this directory"));
+                return Err(failed(
+                    message,
+                    "put the key back that belongs to this directory",
+                ));
             }
             let mut key = [0; 32];
             entropy.fill(&mut key);
@@ -90,7 +97,10 @@ pub fn start(settings: &EngineSettings) -> Result<(EngineHandle, JoinHandle<()>)
     let entropy = Arc::new(SystemEntropy);
     let clock = Arc::new(SystemClock::default());
     let store_key = store_key(&settings.data_dir, &*entropy)?;
-    let options = RealOptions { backend: settings.backend, ..RealOptions::default() };
+    let options = RealOptions {
+        backend: settings.backend,
+        ..RealOptions::default()
+    };
     let storage = RealStorage::open(&settings.data_dir, options)
         .map_err(|error| failed(format!("{}: {error}", settings.data_dir.display()), ""))?;
     let (total, _) = super::room(&*storage);
@@ -121,6 +131,9 @@ pub fn start(settings: &EngineSettings) -> Result<(EngineHandle, JoinHandle<()>)
     match is_ready.recv() {
         Ok(Ok(())) => Ok((handle, join)),
         Ok(Err(error)) => Err(error),
-        Err(_) => Err(failed("the engine ended while it was starting".to_owned(), "see the log")),
+        Err(_) => Err(failed(
+            "the engine ended while it was starting".to_owned(),
+            "see the log",
+        )),
     }
 }

@@ -28,8 +28,7 @@ const BRANCH_TICK: Duration = Duration::from_millis(100);
 const COMMANDS_AT_ONCE: usize = 64;
 
 /// What is to be done with a response.
-pub(super) type Then =
-    Box<dyn FnOnce(&mut EngineThread, Result<Response, SeedError>) + Send>;
+pub(super) type Then = Box<dyn FnOnce(&mut EngineThread, Result<Response, SeedError>) + Send>;
 
 pub(super) struct EngineThread {
     pub(super) engine: Engine,
@@ -94,14 +93,16 @@ impl EngineThread {
                 self.step(Input::Storage(completion), &mut ready);
             }
             for from in from_branches.drain(..) {
-                self.from_branch(from, &mut ready);
+                self.take_from_branch(from, &mut ready);
             }
             for _ in 0..COMMANDS_AT_ONCE {
                 // Commands wait until recovery is done.
                 if ready.is_some() {
                     break;
                 }
-                let Ok(command) = self.commands.try_recv() else { break };
+                let Ok(command) = self.commands.try_recv() else {
+                    break;
+                };
                 is_idle = false;
                 self.command(command);
             }
@@ -115,7 +116,11 @@ impl EngineThread {
                 self.tend_branches();
             }
             if is_idle && !self.is_over {
-                let nap = self.wake_at.min(self.next_branch_tick).since(now).min(NAP_MAX);
+                let nap = self
+                    .wake_at
+                    .min(self.next_branch_tick)
+                    .since(now)
+                    .min(NAP_MAX);
                 self.inbox.wait(nap);
             }
         }
@@ -186,7 +191,11 @@ impl EngineThread {
 
     fn event(&mut self, event: Event) {
         match event {
-            Event::Durable { stream, durable, queued_bytes } => {
+            Event::Durable {
+                stream,
+                durable,
+                queued_bytes,
+            } => {
                 if let Some(taken) = self.taken_at.pop_front() {
                     let took = self.clock.monotonic().since(taken).as_millis();
                     self.cache_ms = u64::try_from(took).unwrap_or(u64::MAX);
@@ -202,7 +211,12 @@ impl EngineThread {
                     events.bulk_durable(number);
                 }
             }
-            Event::PlaceMark { stream, request, is_bookmark, name } => {
+            Event::PlaceMark {
+                stream,
+                request,
+                is_bookmark,
+                name,
+            } => {
                 if let Some(events) = self.streams.get(&stream) {
                     events.place_mark(request, is_bookmark, &name);
                 }
@@ -227,7 +241,7 @@ impl EngineThread {
         }
     }
 
-    fn from_branch(
+    fn take_from_branch(
         &mut self,
         from: FromBranch,
         ready: &mut Option<Sender<Result<(), ApiError>>>,
@@ -239,7 +253,9 @@ impl EngineThread {
     }
 
     fn refresh(&mut self, stream: StreamNumber) {
-        let Some(branch) = self.branches.get(&stream).and_then(Weak::upgrade) else { return };
+        let Some(branch) = self.branches.get(&stream).and_then(Weak::upgrade) else {
+            return;
+        };
         let disk = branch.disk();
         self.ask(
             Request::NewestState { stream, disk },
@@ -277,7 +293,7 @@ impl EngineThread {
             self.give(Input::Storage(completion));
         }
         for from in from {
-            self.from_branch(from, &mut None);
+            self.take_from_branch(from, &mut None);
         }
         self.give(Input::Stop);
     }
@@ -290,16 +306,27 @@ impl EngineThread {
     }
 
     pub(super) fn sink(&self, stream: StreamNumber) -> Arc<BranchSink> {
-        Arc::new(BranchSink { inbox: Arc::clone(&self.inbox), stream })
+        Arc::new(BranchSink {
+            inbox: Arc::clone(&self.inbox),
+            stream,
+        })
     }
 }
 
 /// The files of a response, for verification.
 pub(super) fn files_of(response: Response) -> Vec<StoreFile> {
-    if let Response::Files(files) = response { files } else { Vec::new() }
+    if let Response::Files(files) = response {
+        files
+    } else {
+        Vec::new()
+    }
 }
 
 /// The snapshot of a response.
 pub(super) fn snapshot_of(response: Response) -> Option<TakenSnapshot> {
-    if let Response::Snapshot(taken) = response { Some(taken) } else { None }
+    if let Response::Snapshot(taken) = response {
+        Some(taken)
+    } else {
+        None
+    }
 }

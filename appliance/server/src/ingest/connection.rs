@@ -3,21 +3,21 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use afterimage_blockdev::{AgentId, DiskId, ErrorClass, Lsn};
-use afterimage_cache::Frame;
+use afterimage_blockdev::{DiskId, ErrorClass, Lsn};
 use afterimage_protocol::message::{DiskDescription, FromReceiver, SourceReport, StreamId};
 use afterimage_protocol::receiver::{Action, Limits, OpenWanted, Receiver, StreamIdentity};
 use afterimage_protocol::{Refusal, RefusalCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, watch};
 
+use super::accept::{accept, damaged};
+use super::grant;
 use super::listener::Ingest;
 use super::outgoing::{LiveStream, Shared, write_all};
 use super::read::{Patience, Read, ReadError, read};
 use super::slot::EventSlot;
 use crate::appliance::PROGRAM;
-use crate::ca::{PeerCertificate, PeerIdentity};
-use crate::catalogue::{CatalogueError, Grant};
+use crate::ca::PeerCertificate;
 use crate::config::ms;
 use crate::daemon::stopped;
 use crate::engine::{Command, EngineGone, OpenDisk, OpenRequest, StreamKey};
@@ -43,10 +43,22 @@ enum Next {
 impl Connection {
     pub(super) fn new(ingest: Arc<Ingest>, certificate: PeerCertificate, peer: SocketAddr) -> Self {
         let config = &ingest.appliance.config.ingest;
-        let limits = Limits { streams_max: config.streams_max, disks_max: config.disks_max };
-        let shared = Arc::new(Shared::new(Receiver::new(limits), Arc::clone(&ingest.memory)));
+        let limits = Limits {
+            streams_max: config.streams_max,
+            disks_max: config.disks_max,
+        };
+        let shared = Arc::new(Shared::new(
+            Receiver::new(limits),
+            Arc::clone(&ingest.memory),
+        ));
         let compares = Arc::new(Semaphore::new(COMPARES_MAX));
-        Self { ingest, certificate, peer, shared, compares }
+        Self {
+            ingest,
+            certificate,
+            peer,
+            shared,
+            compares,
+        }
     }
 
     /// Serves the connection to its end.
@@ -82,7 +94,10 @@ impl Connection {
             message: "the appliance is going down".to_owned(),
             hint: "connect again later".to_owned(),
         };
-        self.shared.send(FromReceiver::Refused { stream: None, refusal });
+        self.shared.send(FromReceiver::Refused {
+            stream: None,
+            refusal,
+        });
     }
 
     async fn end_streams(&self) {
@@ -104,8 +119,10 @@ impl Connection {
 
     async fn read_all<R: AsyncRead + Unpin>(&self, from: &mut R) {
         let config = &self.ingest.appliance.config.ingest;
-        let patience =
-            Patience { idle: ms(config.idle_timeout_ms), message: ms(config.message_timeout_ms) };
+        let patience = Patience {
+            idle: ms(config.idle_timeout_ms),
+            message: ms(config.message_timeout_ms),
+        };
         loop {
             self.shared.has_room().await;
             let step = match read(from, &self.ingest.memory, patience).await {
@@ -113,7 +130,10 @@ impl Connection {
                 Ok(None) => return,
                 Err(ReadError::Wire(error)) => {
                     let refusal = damaged(error.to_string());
-                    self.shared.send(FromReceiver::Refused { stream: None, refusal });
+                    self.shared.send(FromReceiver::Refused {
+                        stream: None,
+                        refusal,
+                    });
                     return;
                 }
                 Err(error) => {
@@ -147,15 +167,36 @@ impl Connection {
             Action::None => {}
             Action::Send(message) => self.shared.send(message),
             Action::Open(wanted) => self.open(wanted).await?,
-            Action::Declare { stream, description } => self.declare(stream, description).await?,
-            Action::Append { stream, identity, first, last, bytes } => {
+            Action::Declare {
+                stream,
+                description,
+            } => self.declare(stream, description).await?,
+            Action::Append {
+                stream,
+                identity,
+                first,
+                last,
+                bytes,
+            } => {
                 self.append(stream, identity, (first, last), bytes).await?;
             }
-            Action::Bulk { stream, identity, number, bytes } => {
+            Action::Bulk {
+                stream,
+                identity,
+                number,
+                bytes,
+            } => {
                 self.bulk(stream, identity, number, bytes).await?;
             }
-            Action::Compare { stream, number, disk, first_block, tags } => {
-                self.compare(stream, number, disk, first_block, tags).await?;
+            Action::Compare {
+                stream,
+                number,
+                disk,
+                first_block,
+                tags,
+            } => {
+                self.compare(stream, number, disk, first_block, tags)
+                    .await?;
             }
             Action::Report { stream, report } => self.report(stream, report),
             Action::Close { stream } => self.forget(stream).await,
@@ -167,7 +208,10 @@ impl Connection {
             Action::HangUp(message) => {
                 if let FromReceiver::Refused { refusal, .. } = &message {
                     let text = format!("{} was refused: {}", self.peer, refusal.message);
-                    self.ingest.appliance.events.note("connection-refused", text);
+                    self.ingest
+                        .appliance
+                        .events
+                        .note("connection-refused", text);
                 }
                 self.shared.send(message);
                 return Ok(Next::End);
@@ -200,14 +244,25 @@ impl Connection {
     async fn open(&self, wanted: OpenWanted) -> Result<(), EngineGone> {
         let (stream, identity) = (wanted.stream, wanted.identity);
         let machine = wanted.name.clone();
-        if let Err(refusal) = self.authorize(identity, &machine).await {
+        if let Err(refusal) = grant::authorize(
+            &self.ingest.appliance.catalogue,
+            &self.certificate,
+            identity,
+            &machine,
+        )
+        .await
+        {
             let text = format!("machine {machine} was refused: {}", refusal.message);
             self.ingest.appliance.events.note("machine-refused", text);
             self.refuse(stream, refusal).await;
             return Ok(());
         }
         let slot = Arc::new(EventSlot::new(Arc::clone(&self.shared.wake)));
-        let live = LiveStream { identity, key: None, slot: Arc::clone(&slot) };
+        let live = LiveStream {
+            identity,
+            key: None,
+            slot: Arc::clone(&slot),
+        };
         self.shared.state.lock().streams.insert(stream, live);
         let request = OpenRequest {
             machine: identity.machine,
@@ -245,43 +300,19 @@ impl Connection {
         Ok(())
     }
 
-    /// The certificate says who this is; the catalogue, what they may do.
-    async fn authorize(&self, identity: StreamIdentity, machine: &str) -> Result<(), Refusal> {
-        let PeerIdentity::Agent(agent) = self.certificate.identity else {
-            return Err(no_grant("an admin's certificate may not write change records".to_owned()));
-        };
-        if agent != identity.origin {
-            return Err(no_grant(format!(
-                "agent {agent} may not carry records of agent {}",
-                identity.origin
-            )));
-        }
-        let certificate = self.certificate.clone();
-        let grant = self.ingest.appliance.catalogue.run(move |catalogue| {
-            if !catalogue.is_valid(&certificate.serial, &certificate.identity)? {
-                return Ok(None);
-            }
-            catalogue.grant(identity.machine, agent).map(Some)
-        });
-        match grant.await {
-            Ok(Some(Grant::Held)) => Ok(()),
-            Ok(Some(Grant::HeldByOther(holder))) => Err(held_by_other(machine, agent, holder)),
-            Ok(Some(Grant::Nobody)) => {
-                Err(no_grant(format!("agent {agent} has no grant for machine {machine}")))
-            }
-            Ok(None) => Err(no_grant(format!("the certificate of agent {agent} was revoked"))),
-            Err(error) => Err(catalogue_failed(&error)),
-        }
-    }
-
     async fn declare(
         &self,
         stream: StreamId,
         description: DiskDescription,
     ) -> Result<(), EngineGone> {
-        let Some(key) = self.key(stream) else { return Ok(()) };
+        let Some(key) = self.key(stream) else {
+            return Ok(());
+        };
         let disk = description.disk;
-        let open = OpenDisk { stream: key, description };
+        let open = OpenDisk {
+            stream: key,
+            description,
+        };
         let engine = &self.ingest.appliance.engine;
         match engine.ask(|reply| Command::Declare(open, reply)).await? {
             Err(refusal) => self.refuse(stream, refusal).await,
@@ -317,8 +348,14 @@ impl Connection {
                 return Ok(());
             }
         };
-        let Some(key) = self.key(stream) else { return Ok(()) };
-        self.ingest.appliance.engine.send(Command::Append(key, frame)).await
+        let Some(key) = self.key(stream) else {
+            return Ok(());
+        };
+        self.ingest
+            .appliance
+            .engine
+            .send(Command::Append(key, frame))
+            .await
     }
 
     async fn bulk(
@@ -331,8 +368,14 @@ impl Connection {
         match accept(bytes, identity, true) {
             Err(refusal) => self.refuse(stream, refusal).await,
             Ok(frame) => {
-                let Some(key) = self.key(stream) else { return Ok(()) };
-                self.ingest.appliance.engine.send(Command::Bulk(key, number, frame)).await?;
+                let Some(key) = self.key(stream) else {
+                    return Ok(());
+                };
+                self.ingest
+                    .appliance
+                    .engine
+                    .send(Command::Bulk(key, number, frame))
+                    .await?;
             }
         }
         Ok(())
@@ -347,23 +390,46 @@ impl Connection {
         first_block: u64,
         tags: Vec<[u8; 16]>,
     ) -> Result<(), EngineGone> {
-        let Some(key) = self.key(stream) else { return Ok(()) };
-        let place = Arc::clone(&self.compares).acquire_owned().await.map_err(|_| EngineGone)?;
+        let Some(key) = self.key(stream) else {
+            return Ok(());
+        };
+        let place = Arc::clone(&self.compares)
+            .acquire_owned()
+            .await
+            .map_err(|_| EngineGone)?;
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let command = Command::Compare { stream: key, disk, first_block, tags, reply };
+        let command = Command::Compare {
+            stream: key,
+            disk,
+            first_block,
+            tags,
+            reply,
+        };
         self.ingest.appliance.engine.send(command).await?;
         let (shared, ingest) = (Arc::clone(&self.shared), Arc::clone(&self.ingest));
         tokio::spawn(async move {
             let Ok(answer) = answer.await else { return };
-            let is_same =
-                shared.state.lock().streams.get(&stream).is_some_and(|s| s.key == Some(key));
+            let is_same = shared
+                .state
+                .lock()
+                .streams
+                .get(&stream)
+                .is_some_and(|s| s.key == Some(key));
             match answer {
                 // The stream's name may mean another one by now.
                 _ if !is_same => {}
-                Ok(differs) => shared.send(FromReceiver::Differences { stream, number, differs }),
+                Ok(differs) => shared.send(FromReceiver::Differences {
+                    stream,
+                    number,
+                    differs,
+                }),
                 Err(refusal) => {
                     if let Some(live) = shared.refuse(stream, refusal) {
                         ingest.ended(&live);
+                        let engine = &ingest.appliance.engine;
+                        if engine.send(Command::Close(key)).await.is_err() {
+                            tracing::debug!("the engine was gone before a stream");
+                        }
                     }
                 }
             }
@@ -375,66 +441,18 @@ impl Connection {
     fn report(&self, stream: StreamId, report: SourceReport) {
         let now = self.ingest.appliance.now();
         let state = self.shared.state.lock();
-        let Some(live) = state.streams.get(&stream) else { return };
+        let Some(live) = state.streams.get(&stream) else {
+            return;
+        };
         let Some(key) = live.key else { return };
-        let is_behind = state.receiver.taken(stream).is_some_and(|taken| report.captured > taken);
+        let is_behind = state
+            .receiver
+            .taken(stream)
+            .is_some_and(|taken| report.captured > taken);
         let machine = live.identity.machine;
-        self.ingest.appliance.reports.reported(machine, key, report, now, is_behind);
-    }
-}
-
-/// Checks all that a frame says of itself, its hashes included.
-fn accept(bytes: Vec<u8>, identity: StreamIdentity, is_bulk: bool) -> Result<Frame, Refusal> {
-    let frame = Frame::accept(bytes).map_err(|damage| damaged(damage.to_string()))?;
-    let found = frame.header.identity;
-    let is_ours = found.machine == identity.machine
-        && found.history == identity.history
-        && found.origin == identity.origin
-        && found.epoch <= identity.epoch
-        && frame.header.is_bulk == is_bulk;
-    if is_ours {
-        Ok(frame)
-    } else {
-        Err(damaged("a frame of another stream, or of another kind than its envelope".to_owned()))
-    }
-}
-
-fn damaged(message: String) -> Refusal {
-    Refusal {
-        code: RefusalCode::Damaged,
-        class: ErrorClass::Corrupt,
-        message,
-        hint: "the bytes were damaged on their way or in the memory of the source; send them \
-               again, and check its memory if that does not help"
-            .to_owned(),
-    }
-}
-
-fn no_grant(message: String) -> Refusal {
-    Refusal {
-        code: RefusalCode::NoGrant,
-        class: ErrorClass::Refused,
-        message,
-        hint: "enrol with a new token (`aft token create` at the appliance), or grant the machine \
-               with `aft machine move`"
-            .to_owned(),
-    }
-}
-
-fn held_by_other(machine: &str, agent: AgentId, holder: AgentId) -> Refusal {
-    Refusal {
-        code: RefusalCode::HeldByOther,
-        class: ErrorClass::Refused,
-        message: format!("machine {machine} is held by agent {holder}, not by agent {agent}"),
-        hint: format!("give it over with `aft machine move {machine} {agent}` at the appliance"),
-    }
-}
-
-fn catalogue_failed(error: &CatalogueError) -> Refusal {
-    Refusal {
-        code: RefusalCode::Log,
-        class: error.class(),
-        message: error.to_string(),
-        hint: "look into the log of afterimaged".to_owned(),
+        self.ingest
+            .appliance
+            .reports
+            .reported(machine, key, report, now, is_behind);
     }
 }

@@ -38,14 +38,20 @@ impl Ingest {
     pub fn new(appliance: Arc<Appliance>) -> Arc<Self> {
         let bytes = usize::try_from(appliance.config.ingest.memory_bytes).unwrap_or(usize::MAX);
         let memory = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
-        Arc::new(Self { appliance, memory, streams_open: AtomicU64::new(0) })
+        Arc::new(Self {
+            appliance,
+            memory,
+            streams_open: AtomicU64::new(0),
+        })
     }
 
     /// What a stream may have on its way: its share of the memory.
     pub(super) fn credit_bytes(&self) -> u64 {
         let config = &self.appliance.config.ingest;
         let streams = self.streams_open.load(Ordering::Relaxed).max(1);
-        config.credit_bytes.min((config.memory_bytes / streams).max(CREDIT_BYTES_MIN))
+        config
+            .credit_bytes
+            .min((config.memory_bytes / streams).max(CREDIT_BYTES_MIN))
     }
 
     pub(super) fn began(&self) {
@@ -118,8 +124,11 @@ async fn handle(
     let stream = match timeout(patience, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
-            let kind =
-                if tls::is_expired(&error) { "certificate-expired" } else { "handshake-failed" };
+            let kind = if tls::is_expired(&error) {
+                "certificate-expired"
+            } else {
+                "handshake-failed"
+            };
             let text = format!("{peer} was refused at the data port: {error}");
             appliance.events.note(kind, text);
             return;
@@ -134,5 +143,7 @@ async fn handle(
         appliance.events.note("handshake-failed", text);
         return;
     };
-    Connection::new(ingest, certificate, peer).run(stream, stop).await;
+    Connection::new(ingest, certificate, peer)
+        .run(stream, stop)
+        .await;
 }

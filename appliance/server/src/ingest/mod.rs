@@ -9,7 +9,9 @@
 //!   engine still holds of connections that broke.
 //! * The engine is never held up: what it tells waits, coalesced, in a slot of the stream.
 
+mod accept;
 mod connection;
+mod grant;
 mod listener;
 mod outgoing;
 mod read;

@@ -54,7 +54,12 @@ impl Shared {
             is_closing: false,
         };
         let (wake, room) = (Arc::new(Notify::new()), Notify::new());
-        Self { state: Mutex::new(state), wake, room, memory }
+        Self {
+            state: Mutex::new(state),
+            wake,
+            room,
+            memory,
+        }
     }
 
     /// Queues a message.
@@ -104,7 +109,8 @@ impl Shared {
         let mut state = self.state.lock();
         self.free(&mut state);
         let outstanding = state.receiver.outstanding_bytes();
-        self.memory.add_permits(usize::try_from(outstanding).unwrap_or(0));
+        self.memory
+            .add_permits(usize::try_from(outstanding).unwrap_or(0));
     }
 
     /// Turns what the engine told into messages, and takes all that wait. Also gives the streams
@@ -128,20 +134,29 @@ impl Shared {
             let receiver = &mut state.receiver;
             state.outbox.extend(receiver.bulk_durable(id, pending.bulk));
             if let Some(durable) = pending.durable {
-                state.outbox.extend(receiver.durable(id, durable, credit_bytes));
+                state
+                    .outbox
+                    .extend(receiver.durable(id, durable, credit_bytes));
             }
             for mark in pending.marks {
                 let (request, kind, name) = (mark.request, mark.kind, mark.name);
-                state.outbox.extend(receiver.place_mark(id, request, kind, name));
+                state
+                    .outbox
+                    .extend(receiver.place_mark(id, request, kind, name));
             }
             let paused = pending.paused;
-            state.outbox.extend(paused.map(|refusal| FromReceiver::Paused { refusal }));
+            state
+                .outbox
+                .extend(paused.map(|refusal| FromReceiver::Paused { refusal }));
             if let Some(refusal) = pending.refused {
                 state.outbox.extend(state.receiver.refuse(id, refusal));
                 over.push(id);
             }
         }
-        let over = over.into_iter().filter_map(|id| state.streams.remove(&id)).collect();
+        let over = over
+            .into_iter()
+            .filter_map(|id| state.streams.remove(&id))
+            .collect();
         self.free(state);
         (std::mem::take(&mut state.outbox), over, state.is_closing)
     }

@@ -50,11 +50,18 @@ pub(super) async fn read<'a, R: AsyncRead + Unpin>(
         return Ok(None);
     }
     let slow = |_| ReadError::Slow(patience.message);
-    timeout(patience.message, from.read_exact(&mut prefix[begun..])).await.map_err(slow)??;
+    timeout(patience.message, from.read_exact(&mut prefix[begun..]))
+        .await
+        .map_err(slow)??;
     let len = wire::decode_prefix(prefix)?;
     let wanted = u32::try_from(len).map_err(|_| wire::WireError::TooLong { len })?;
-    let memory = memory.acquire_many(wanted).await.map_err(io::Error::other)?;
-    let message = timeout(patience.message, read_body(from, len)).await.map_err(slow)??;
+    let memory = memory
+        .acquire_many(wanted)
+        .await
+        .map_err(io::Error::other)?;
+    let message = timeout(patience.message, read_body(from, len))
+        .await
+        .map_err(slow)??;
     Ok(Some(Read { message, memory }))
 }
 

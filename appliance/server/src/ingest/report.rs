@@ -37,7 +37,14 @@ impl Reports {
     pub fn opened(&self, machine: MachineId, history: HistoryId, stream: StreamKey) {
         let received = Timestamp::default();
         let (is_connected, is_behind, report) = (true, false, None);
-        let new = Reported { stream, history, is_connected, report, received, is_behind };
+        let new = Reported {
+            stream,
+            history,
+            is_connected,
+            report,
+            received,
+            is_behind,
+        };
         let mut machines = self.machines.lock();
         let entry = machines.entry(machine).or_insert_with(|| new.clone());
         // What the last stream said still tells more than nothing.

@@ -39,7 +39,10 @@ pub(super) struct EventSlot {
 
 impl EventSlot {
     pub(super) fn new(wake: Arc<Notify>) -> Self {
-        Self { pending: Mutex::default(), wake }
+        Self {
+            pending: Mutex::default(),
+            wake,
+        }
     }
 
     /// Takes what has come together.
@@ -71,8 +74,16 @@ impl StreamEvents for EventSlot {
     }
 
     fn place_mark(&self, request: u64, is_bookmark: bool, name: &str) {
-        let kind = if is_bookmark { MarkRequestKind::Bookmark } else { MarkRequestKind::Crash };
-        let mark = MarkWanted { request, kind, name: name.to_owned() };
+        let kind = if is_bookmark {
+            MarkRequestKind::Bookmark
+        } else {
+            MarkRequestKind::Crash
+        };
+        let mark = MarkWanted {
+            request,
+            kind,
+            name: name.to_owned(),
+        };
         self.change(|pending| {
             if pending.marks.len() < MARKS_MAX {
                 pending.marks.push(mark);

@@ -41,7 +41,12 @@ fn record(kind: RecordKind, lsn: u64) -> RecordHeader {
 }
 
 fn identity() -> FrameIdentity {
-    FrameIdentity { machine: MACHINE, history: HISTORY, origin: AGENT, epoch: Epoch(1) }
+    FrameIdentity {
+        machine: MACHINE,
+        history: HISTORY,
+        origin: AGENT,
+        epoch: Epoch(1),
+    }
 }
 
 fn sealed(identity: FrameIdentity, first: u64, last: u64) -> Frame {
@@ -54,18 +59,30 @@ fn sealed(identity: FrameIdentity, first: u64, last: u64) -> Frame {
 
 fn frame(first: u64, last: u64) -> FromSender {
     let bytes = sealed(identity(), first, last).bytes;
-    FromSender::Frame { stream: STREAM, first: Lsn(first), last: Lsn(last), bytes }
+    FromSender::Frame {
+        stream: STREAM,
+        first: Lsn(first),
+        last: Lsn(last),
+        bytes,
+    }
 }
 
 fn bulk(number: u64) -> FromSender {
     let mut builder = FrameBuilder::new(identity(), true);
     let mut sealer = Sealer::new(None, TagKey([1; 32]), &SystemEntropy);
     builder.push_data(&record(RecordKind::Bulk, 1), &[9; 4096], &mut sealer);
-    FromSender::Bulk { stream: STREAM, number, bytes: builder.finish().bytes }
+    FromSender::Bulk {
+        stream: STREAM,
+        number,
+        bytes: builder.finish().bytes,
+    }
 }
 
 fn hello() -> FromSender {
-    FromSender::Hello { version: PROTOCOL_VERSION, program: "test".to_owned() }
+    FromSender::Hello {
+        version: PROTOCOL_VERSION,
+        program: "test".to_owned(),
+    }
 }
 
 fn open() -> FromSender {
@@ -83,14 +100,20 @@ fn open() -> FromSender {
 async fn greeted(fixture: &Fixture, address: std::net::SocketAddr, identity: &Identity) -> Wire {
     let mut wire = Wire::open(fixture, address, identity).await;
     wire.send(&hello()).await;
-    assert!(matches!(wire.next().await, Some(FromReceiver::Welcome { .. })));
+    assert!(matches!(
+        wire.next().await,
+        Some(FromReceiver::Welcome { .. })
+    ));
     wire
 }
 
 async fn opened(fixture: &Fixture, address: std::net::SocketAddr, identity: &Identity) -> Wire {
     let mut wire = greeted(fixture, address, identity).await;
     wire.send(&open()).await;
-    assert!(matches!(wire.next().await, Some(FromReceiver::Opened { stream: STREAM, .. })));
+    assert!(matches!(
+        wire.next().await,
+        Some(FromReceiver::Opened { stream: STREAM, .. })
+    ));
     wire
 }
 
@@ -120,20 +143,6 @@ async fn handshake_error(fixture: &Fixture, identity: Option<&Identity>) -> Stri
     }
 }
 
-async fn wait_for_event(fixture: &Fixture, kind: &str) -> String {
-    let (catalogue, kind) = (fixture.appliance.catalogue.clone(), kind.to_owned());
-    let found = tokio::time::timeout(Duration::from_secs(20), async move {
-        loop {
-            let events = catalogue.run(|catalogue| catalogue.events(0, 100)).await.unwrap();
-            if let Some(event) = events.into_iter().find(|event| event.kind == kind) {
-                return event.text;
-            }
-            tokio::task::yield_now().await;
-        }
-    });
-    found.await.expect("the event is noted")
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_unknown_gets_past_the_handshake() {
     let fixture = Fixture::start();
@@ -143,7 +152,13 @@ async fn nobody_unknown_gets_past_the_handshake() {
     let other = Fixture::start();
     let stranger = other.agent(AGENT, HOUR);
     let error = handshake_error(&fixture, Some(&stranger)).await;
-    let is_named = ["unknownca", "decrypterror", "badcertificate", "unknown ca", "decrypt"];
+    let is_named = [
+        "unknownca",
+        "decrypterror",
+        "badcertificate",
+        "unknown ca",
+        "decrypt",
+    ];
     let error = error.to_lowercase();
     assert!(is_named.iter().any(|name| error.contains(name)), "{error}");
 
@@ -158,11 +173,16 @@ async fn an_expired_certificate_is_refused_and_named() {
     let fixture = Fixture::start();
     let now = fixture.appliance.now().0;
     let hour = 3_600_000_000_000;
-    let lifetime = Lifetime { from: Timestamp(now - 2 * hour), until: Timestamp(now - hour) };
+    let lifetime = Lifetime {
+        from: Timestamp(now - 2 * hour),
+        until: Timestamp(now - hour),
+    };
     let expired = fixture.agent_within(AGENT, lifetime);
-    let error = handshake_error(&fixture, Some(&expired)).await.to_lowercase();
+    let error = handshake_error(&fixture, Some(&expired))
+        .await
+        .to_lowercase();
     assert!(error.contains("expired"), "{error}");
-    let event = wait_for_event(&fixture, "certificate-expired").await;
+    let event = fixture.event("certificate-expired").await;
     assert!(event.to_lowercase().contains("expired"), "{event}");
 }
 
@@ -180,7 +200,11 @@ async fn a_machine_needs_a_grant_of_this_very_agent() {
     wire.send(&open()).await;
     let refused = refusal(&mut wire).await;
     assert_eq!(refused.code, RefusalCode::HeldByOther);
-    assert!(refused.hint.contains("aft machine move web"), "{}", refused.hint);
+    assert!(
+        refused.hint.contains("aft machine move web"),
+        "{}",
+        refused.hint
+    );
 
     let holder = fixture.granted(other, MACHINE);
     let mut wire = greeted(&fixture, address, &holder).await;
@@ -193,7 +217,11 @@ async fn a_revoked_agent_opens_nothing() {
     let fixture = Fixture::start();
     let (address, _service) = fixture.serve_data().await;
     let agent = fixture.granted(AGENT, MACHINE);
-    fixture.appliance.catalogue.revoke(AGENT, fixture.appliance.now()).unwrap();
+    fixture
+        .appliance
+        .catalogue
+        .revoke(AGENT, fixture.appliance.now())
+        .unwrap();
     let mut wire = greeted(&fixture, address, &agent).await;
     wire.send(&open()).await;
     let refused = refusal(&mut wire).await;
@@ -214,16 +242,36 @@ async fn what_is_durable_is_acknowledged_and_never_before() {
         size_bytes: 1 << 20,
         logical_block_bytes: 512,
     };
-    wire.send(&FromSender::Declare { stream: STREAM, description }).await;
-    assert!(matches!(wire.next().await, Some(FromReceiver::Disk { disk: DISK, key: 1, .. })));
+    wire.send(&FromSender::Declare {
+        stream: STREAM,
+        description,
+    })
+    .await;
+    assert!(matches!(
+        wire.next().await,
+        Some(FromReceiver::Disk {
+            disk: DISK,
+            key: 1,
+            ..
+        })
+    ));
 
     wire.send(&frame(1, 3)).await;
     wire.send(&frame(4, 900)).await;
     wire.send(&bulk(1)).await;
-    fixture.engine.wait(|told| (told.frames.len() == 2 && told.bulk.len() == 1).then_some(()));
+    fixture
+        .engine
+        .wait(|told| (told.frames.len() == 2 && told.bulk.len() == 1).then_some(()));
     let tags = vec![[0; 16], [1; 16]];
     let (number, disk, first_block) = (1, DISK, 0);
-    wire.send(&FromSender::Compare { stream: STREAM, number, disk, first_block, tags }).await;
+    wire.send(&FromSender::Compare {
+        stream: STREAM,
+        number,
+        disk,
+        first_block,
+        tags,
+    })
+    .await;
     // The first thing that comes is the answer: nothing was acknowledged yet.
     let answer = wire.next().await;
     assert!(
@@ -235,19 +283,33 @@ async fn what_is_durable_is_acknowledged_and_never_before() {
     events.durable(Lsn(3), 0);
     let acknowledged = wire.next().await;
     assert!(
-        matches!(acknowledged, Some(FromReceiver::Acknowledged { durable: Lsn(3), .. })),
+        matches!(
+            acknowledged,
+            Some(FromReceiver::Acknowledged {
+                durable: Lsn(3),
+                ..
+            })
+        ),
         "{acknowledged:?}"
     );
     events.bulk_durable(1);
     assert_eq!(
         wire.next().await,
-        Some(FromReceiver::BulkAcknowledged { stream: STREAM, numbers: vec![1] })
+        Some(FromReceiver::BulkAcknowledged {
+            stream: STREAM,
+            numbers: vec![1]
+        })
     );
     events.place_mark(42, true, "before");
     let (request, kind, name) = (42, MarkRequestKind::Bookmark, "before".to_owned());
     assert_eq!(
         wire.next().await,
-        Some(FromReceiver::PlaceMark { stream: STREAM, request, kind, name })
+        Some(FromReceiver::PlaceMark {
+            stream: STREAM,
+            request,
+            kind,
+            name
+        })
     );
     let full = Refusal {
         code: RefusalCode::NoSpace,
@@ -256,10 +318,21 @@ async fn what_is_durable_is_acknowledged_and_never_before() {
         hint: "make room".to_owned(),
     };
     events.paused(&full);
-    assert_eq!(wire.next().await, Some(FromReceiver::Paused { refusal: full.clone() }));
+    assert_eq!(
+        wire.next().await,
+        Some(FromReceiver::Paused {
+            refusal: full.clone()
+        })
+    );
     events.refused(&full);
     let stream = Some(STREAM);
-    assert_eq!(wire.next().await, Some(FromReceiver::Refused { stream, refusal: full }));
+    assert_eq!(
+        wire.next().await,
+        Some(FromReceiver::Refused {
+            stream,
+            refusal: full
+        })
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -268,15 +341,26 @@ async fn a_report_is_kept_and_outlives_its_stream() {
     let (address, _service) = fixture.serve_data().await;
     let agent = fixture.granted(AGENT, MACHINE);
     let mut wire = opened(&fixture, address, &agent).await;
-    let report = SourceReport { captured: Lsn(5), ..SourceReport::default() };
-    wire.send(&FromSender::Report { stream: STREAM, report: report.clone() }).await;
+    let report = SourceReport {
+        captured: Lsn(5),
+        ..SourceReport::default()
+    };
+    wire.send(&FromSender::Report {
+        stream: STREAM,
+        report: report.clone(),
+    })
+    .await;
     wire.send(&frame(1, 1)).await;
-    let key = fixture.engine.wait(|told| told.frames.first().map(|frame| frame.0));
+    let key = fixture
+        .engine
+        .wait(|told| told.frames.first().map(|frame| frame.0));
     let reported = fixture.appliance.reports.get(MACHINE).unwrap();
     assert_eq!(reported.report, Some(report.clone()));
     assert!(reported.is_connected && reported.is_behind);
     drop(wire);
-    fixture.engine.wait(|told| told.closed.contains(&key).then_some(()));
+    fixture
+        .engine
+        .wait(|told| told.closed.contains(&key).then_some(()));
     let reported = fixture.appliance.reports.get(MACHINE).unwrap();
     assert_eq!(reported.report, Some(report));
     assert!(!reported.is_connected);
@@ -291,8 +375,24 @@ async fn damaged_and_foreign_frames_never_reach_the_engine() {
     let mut flipped = whole.clone();
     let middle = flipped.len() / 2;
     flipped[middle] ^= 1;
-    let foreign = sealed(FrameIdentity { machine: MachineId([6; 16]), ..identity() }, 1, 2).bytes;
-    let newer = sealed(FrameIdentity { epoch: Epoch(2), ..identity() }, 1, 2).bytes;
+    let foreign = sealed(
+        FrameIdentity {
+            machine: MachineId([6; 16]),
+            ..identity()
+        },
+        1,
+        2,
+    )
+    .bytes;
+    let newer = sealed(
+        FrameIdentity {
+            epoch: Epoch(2),
+            ..identity()
+        },
+        1,
+        2,
+    )
+    .bytes;
     let cases = [
         (1, 2, flipped),
         (1, 2, whole[..whole.len() - 8].to_vec()),
@@ -304,11 +404,22 @@ async fn damaged_and_foreign_frames_never_reach_the_engine() {
     for (first, last, bytes) in cases {
         let mut wire = opened(&fixture, address, &agent).await;
         let (first, last) = (Lsn(first), Lsn(last));
-        wire.send(&FromSender::Frame { stream: STREAM, first, last, bytes }).await;
+        wire.send(&FromSender::Frame {
+            stream: STREAM,
+            first,
+            last,
+            bytes,
+        })
+        .await;
         assert_eq!(refusal(&mut wire).await.code, RefusalCode::Damaged);
     }
     let mut wire = opened(&fixture, address, &agent).await;
-    wire.send(&FromSender::Bulk { stream: STREAM, number: 1, bytes: whole }).await;
+    wire.send(&FromSender::Bulk {
+        stream: STREAM,
+        number: 1,
+        bytes: whole,
+    })
+    .await;
     assert_eq!(refusal(&mut wire).await.code, RefusalCode::Damaged);
     fixture.engine.wait(|told| {
         assert!(told.frames.is_empty() && told.bulk.is_empty());
@@ -331,7 +442,9 @@ async fn a_stream_that_overruns_its_credit_is_refused_and_gives_its_memory_back(
         let refused = refusal(&mut wire).await;
         assert_eq!(refused.code, RefusalCode::Limit, "round {round}");
         let key = StreamKey(round + 1);
-        fixture.engine.wait(|told| told.closed.contains(&key).then_some(()));
+        fixture
+            .engine
+            .wait(|told| told.closed.contains(&key).then_some(()));
     }
 }
 
@@ -370,5 +483,7 @@ async fn a_stop_tells_the_agents_and_closes_their_streams() {
     assert_eq!(refusal(&mut wire).await.code, RefusalCode::ShuttingDown);
     assert_eq!(wire.next().await, None);
     service.await.unwrap();
-    fixture.engine.wait(|told| told.closed.contains(&key).then_some(()));
+    fixture
+        .engine
+        .wait(|told| told.closed.contains(&key).then_some(()));
 }

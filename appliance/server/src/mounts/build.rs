@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use afterimage_blockdev::{BlockDevice, ErrorClass};
 use afterimage_export::probe::{self, Partition};
-use afterimage_export::{
-    Found, FsKind, LoopDevice, LoopOptions, mount_filesystem, unmount,
-};
+use afterimage_export::{Found, FsKind, LoopDevice, LoopOptions, mount_filesystem, unmount};
 use afterimage_protocol::rest::ApiError;
 
 use super::directory::{MountDirectory, export_error};
@@ -38,31 +36,40 @@ impl Exported {
     ) -> Result<Self, ApiError> {
         let geometry = device.geometry();
         let path = fuse_root.join(tree.add_mount(id, Arc::clone(&device)));
-        let mut exported = Self { id, tree, device, attached: None };
+        let mut exported = Self {
+            id,
+            tree,
+            device,
+            attached: None,
+        };
         let options = LoopOptions {
             is_read_only: geometry.is_read_only,
             logical_block_bytes: geometry.logical_block_bytes,
             ..LoopOptions::default()
         };
-        let attached =
-            LoopDevice::attach(&path, options).map_err(|error| export_error(&error))?;
+        let attached = LoopDevice::attach(&path, options).map_err(|error| export_error(&error))?;
         let node = attached.path();
         exported.attached = Some(attached);
         let wanted = FIRST_BYTES.min(usize::try_from(geometry.size_bytes).unwrap_or(FIRST_BYTES));
         let mut first = vec![0; wanted];
-        File::open(&node).and_then(|mut file| file.read_exact(&mut first)).map_err(|error| {
-            api_error(
-                ErrorClass::Corrupt,
-                format!("{} cannot be read: {error}", node.display()),
-                "the log of afterimaged says why; `aft log verify` finds damage",
-            )
-        })?;
+        File::open(&node)
+            .and_then(|mut file| file.read_exact(&mut first))
+            .map_err(|error| {
+                api_error(
+                    ErrorClass::Corrupt,
+                    format!("{} cannot be read: {error}", node.display()),
+                    "the log of afterimaged says why; `aft log verify` finds damage",
+                )
+            })?;
         Ok(exported)
     }
 
     /// The device node.
     pub(super) fn path(&self) -> PathBuf {
-        self.attached.as_ref().map(LoopDevice::path).unwrap_or_default()
+        self.attached
+            .as_ref()
+            .map(LoopDevice::path)
+            .unwrap_or_default()
     }
 
     /// Mounts the file system that is on the device, or in its only mountable partition.
@@ -72,7 +79,10 @@ impl Exported {
             let path = self.path();
             mount_filesystem(&path, directory, found.kind, self.is_read_only())
                 .map_err(|error| export_error(&error))?;
-            return Ok(Mounted { kind: found.kind, notes: Vec::new() });
+            return Ok(Mounted {
+                kind: found.kind,
+                notes: Vec::new(),
+            });
         }
         let (partition, kind, notes) = self.only_filesystem(&found)?;
         let nodes = self.add_partition(&partition)?;
@@ -86,8 +96,7 @@ impl Exported {
     }
 
     fn add_partition(&self, partition: &Partition) -> Result<PathBuf, ApiError> {
-        let missing =
-            || api_error(ErrorClass::Operator, "the partition has no device node", "");
+        let missing = || api_error(ErrorClass::Operator, "the partition has no device node", "");
         let attached = self.attached.as_ref().ok_or_else(missing)?;
         let nodes = attached
             .add_partitions(std::slice::from_ref(partition))
@@ -96,10 +105,7 @@ impl Exported {
     }
 
     /// Finds the one partition with a file system; otherwise says what there is.
-    fn only_filesystem(
-        &self,
-        found: &Found,
-    ) -> Result<(Partition, FsKind, Vec<String>), ApiError> {
+    fn only_filesystem(&self, found: &Found) -> Result<(Partition, FsKind, Vec<String>), ApiError> {
         let mut mountable = Vec::new();
         let mut described = Vec::new();
         for partition in &found.partitions {
@@ -125,7 +131,11 @@ impl Exported {
                 format!(
                     "the disk has {}, and {count} of its partitions can be mounted: {}",
                     found.kind,
-                    if described.is_empty() { "none".to_owned() } else { described.join(", ") }
+                    if described.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        described.join(", ")
+                    }
                 ),
                 "take the device with --device, and mount the partition that you want",
             )),
@@ -135,7 +145,9 @@ impl Exported {
     /// Detaches the loop device. On an error it is there as before.
     pub(super) fn detach(&mut self, busy_wait: Duration) -> Result<(), ApiError> {
         if let Some(attached) = &mut self.attached {
-            attached.detach(busy_wait).map_err(|error| export_error(&error))?;
+            attached
+                .detach(busy_wait)
+                .map_err(|error| export_error(&error))?;
         }
         self.attached = None;
         Ok(())

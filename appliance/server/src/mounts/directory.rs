@@ -35,7 +35,10 @@ impl MountDirectory {
         if is_ours {
             fs::create_dir_all(path).map_err(|source| wrong(path, source))?;
         }
-        let directory = Self { path: path.to_owned(), is_ours };
+        let directory = Self {
+            path: path.to_owned(),
+            is_ours,
+        };
         directory.check()?;
         Ok(directory)
     }
@@ -68,7 +71,10 @@ impl Drop for MountDirectory {
 }
 
 fn wrong(path: &Path, source: io::Error) -> ApiError {
-    export_error(&ExportError::NotADirectory { path: path.to_owned(), source })
+    export_error(&ExportError::NotADirectory {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Makes an answer of a failed export.

@@ -140,7 +140,11 @@ impl Mounts {
     fn reserve(&self) -> Result<u64, ApiError> {
         let mut table = self.table.lock();
         if table.is_closed {
-            return Err(api_error(ErrorClass::Retry, "the appliance is going down", ""));
+            return Err(api_error(
+                ErrorClass::Retry,
+                "the appliance is going down",
+                "",
+            ));
         }
         if table.entries.len() >= self.config.mounts_max {
             return Err(api_error(
@@ -155,16 +159,13 @@ impl Mounts {
         Ok(id)
     }
 
-    fn make(
-        &self,
-        id: u64,
-        request: &CreateMount,
-        begun: Monotonic,
-    ) -> Result<Active, ApiError> {
+    fn make(&self, id: u64, request: &CreateMount, begun: Monotonic) -> Result<Active, ApiError> {
         let directory = match (&request.directory, request.device_only) {
             (_, true) => None,
             (Some(path), false) => Some(MountDirectory::take(Path::new(path))?),
-            (None, false) => Some(MountDirectory::take(&self.places.root.join(id.to_string()))?),
+            (None, false) => Some(MountDirectory::take(
+                &self.places.root.join(id.to_string()),
+            )?),
         };
         let source = self.open(id, request)?;
         let fuse_root = self.places.fuse();
@@ -191,21 +192,32 @@ impl Mounts {
             lsn: source.lsn,
             resolved_to_batch_begin: source.resolved_to_batch_begin,
             device: exported.path().display().to_string(),
-            directory: directory.as_ref().map(|found| found.path().display().to_string()),
+            directory: directory
+                .as_ref()
+                .map(|found| found.path().display().to_string()),
             filesystem,
             notes,
             is_branch: request.is_branch,
             device_ms,
             total_ms: self.ms_since(begun),
         };
-        Ok(Active { shown, exported, directory })
+        Ok(Active {
+            shown,
+            exported,
+            directory,
+        })
     }
 
     fn open(&self, id: u64, request: &CreateMount) -> Result<Source, ApiError> {
         let reference = request.reference.clone();
-        let wanted = ViewRequest { reference, allow_incomplete: request.allow_incomplete };
+        let wanted = ViewRequest {
+            reference,
+            allow_incomplete: request.allow_incomplete,
+        };
         if request.is_branch {
-            let branch = self.engine.ask_blocking(|reply| Command::Fork(wanted, reply))??;
+            let branch = self
+                .engine
+                .ask_blocking(|reply| Command::Fork(wanted, reply))??;
             return Ok(Source {
                 device: branch.device,
                 history: branch.history,
@@ -213,7 +225,9 @@ impl Mounts {
                 resolved_to_batch_begin: branch.resolved_to_batch_begin,
             });
         }
-        let view = self.engine.ask_blocking(|reply| Command::OpenView(wanted, reply))??;
+        let view = self
+            .engine
+            .ask_blocking(|reply| Command::OpenView(wanted, reply))??;
         let device = overlay::private_copy(view.device, &self.places.overlays, id, self.backend)?;
         Ok(Source {
             device,
@@ -260,7 +274,8 @@ impl Mounts {
         let (history, is_branch) = (active.shown.history, active.shown.is_branch);
         self.take_down(id, active)?;
         if drop_branch && is_branch {
-            self.engine.ask_blocking(|reply| Command::DropBranch(history, reply))??;
+            self.engine
+                .ask_blocking(|reply| Command::DropBranch(history, reply))??;
         }
         Ok(())
     }
@@ -335,8 +350,7 @@ fn clean(places: &MountPlaces) -> Result<(), ApiError> {
     };
     overlay::prepare(&places.overlays)
         .map_err(|error| failed("prepare", &places.overlays, &error))?;
-    std::fs::create_dir_all(&places.root)
-        .map_err(|error| failed("make", &places.root, &error))?;
+    std::fs::create_dir_all(&places.root).map_err(|error| failed("make", &places.root, &error))?;
     let cleaned = detach_stale_under(&fuse).map_err(|error| export_error(&error));
     match cleaned {
         Ok(cleaned) => {
@@ -361,9 +375,14 @@ fn clean(places: &MountPlaces) -> Result<(), ApiError> {
 
 /// Removes the empty directories of mounts that are gone.
 fn remove_empty(root: &Path, fuse: &Path) {
-    let Ok(entries) = std::fs::read_dir(root) else { return };
+    let Ok(entries) = std::fs::read_dir(root) else {
+        return;
+    };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
         if path != fuse && name.parse::<u64>().is_ok() {
             // Only an empty one goes, which is what is meant.
             let _in_use = std::fs::remove_dir(&path);

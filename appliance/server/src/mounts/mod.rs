@@ -17,5 +17,6 @@ mod status_cache;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod views;
 
 pub use manager::{MountPlaces, Mounts};

@@ -58,7 +58,10 @@ struct Register<T> {
 
 impl<T> Default for Register<T> {
     fn default() -> Self {
-        Self { list: Vec::new(), index: HashMap::new() }
+        Self {
+            list: Vec::new(),
+            index: HashMap::new(),
+        }
     }
 }
 
@@ -67,7 +70,9 @@ impl<T: Copy + Eq + std::hash::Hash> Register<T> {
         if let Some(number) = self.index.get(&item) {
             return Some(*number);
         }
-        let number = u64::try_from(self.list.len()).ok().filter(|number| *number <= INDEX_MAX)?;
+        let number = u64::try_from(self.list.len())
+            .ok()
+            .filter(|number| *number <= INDEX_MAX)?;
         self.list.push(item);
         self.index.insert(item, number);
         Some(number)
@@ -179,7 +184,10 @@ mod tests {
             let is_forgotten = matches!(place, Place::Moment(_));
             assert_eq!(nodes.place(id).is_none(), is_forgotten);
         }
-        assert_eq!(nodes.id(&Place::Point(machine, disk, PointId(POINT_MAX + 1))), None);
+        assert_eq!(
+            nodes.id(&Place::Point(machine, disk, PointId(POINT_MAX + 1))),
+            None
+        );
         assert_eq!(nodes.place(NodeId(9 << KIND_SHIFT)), None);
     }
 }

@@ -33,10 +33,21 @@ pub(super) fn private_copy(
 }
 
 fn nameless(path: &Path, size_bytes: u64, backend: Backend) -> io::Result<Arc<RealDevice>> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
     let device = file.set_len(size_bytes).and_then(|()| {
         let queue_depth = QUEUE_DEPTH;
-        RealDevice::open(path, DeviceOptions { backend, queue_depth, ..DeviceOptions::default() })
+        RealDevice::open(
+            path,
+            DeviceOptions {
+                backend,
+                queue_depth,
+                ..DeviceOptions::default()
+            },
+        )
     });
     std::fs::remove_file(path)?;
     device
@@ -56,7 +67,10 @@ pub(super) fn prepare(directory: &Path) -> io::Result<()> {
     std::fs::create_dir_all(directory)?;
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "over") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "over")
+        {
             std::fs::remove_file(path)?;
         }
     }

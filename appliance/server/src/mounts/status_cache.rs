@@ -19,7 +19,11 @@ pub(super) struct StatusCache {
 
 impl StatusCache {
     pub(super) fn new(engine: EngineHandle, clock: Arc<dyn Clock>) -> Self {
-        Self { engine, clock, last: Mutex::new(None) }
+        Self {
+            engine,
+            clock,
+            last: Mutex::new(None),
+        }
     }
 
     /// The status, not older than half a second. Waits for the engine.
@@ -39,7 +43,10 @@ impl StatusCache {
 }
 
 pub(super) fn machine(status: &EngineStatus, machine: MachineId) -> Option<&MachineSummary> {
-    status.machines.iter().find(|found| found.machine == machine)
+    status
+        .machines
+        .iter()
+        .find(|found| found.machine == machine)
 }
 
 pub(super) fn disk(
@@ -48,5 +55,8 @@ pub(super) fn disk(
     disk: DiskId,
 ) -> Option<(&MachineSummary, &DiskSummary)> {
     let machine = self::machine(status, machine)?;
-    Some((machine, machine.disks.iter().find(|found| found.disk == disk)?))
+    Some((
+        machine,
+        machine.disks.iter().find(|found| found.disk == disk)?,
+    ))
 }

@@ -14,7 +14,11 @@ const REFERENCE: &str = "web/data@latest";
 
 fn run(program: &str, arguments: &[&str]) {
     let output = Program::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn image(directory: &Path, mib: u64, make: impl FnOnce(&str)) -> Vec<u8> {
@@ -41,18 +45,29 @@ fn want() -> CreateMount {
 }
 
 fn at(directory: &Path) -> CreateMount {
-    CreateMount { directory: Some(directory.to_str().unwrap().to_owned()), ..want() }
+    CreateMount {
+        directory: Some(directory.to_str().unwrap().to_owned()),
+        ..want()
+    }
 }
 
 fn show(fixture: &Fixture, content: &[u8]) {
     let view = read_only(content);
-    fixture.engine.knows.lock().views.insert(REFERENCE.to_owned(), view);
+    fixture
+        .engine
+        .knows
+        .lock()
+        .views
+        .insert(REFERENCE.to_owned(), view);
 }
 
 fn mounted(directory: &Path) -> Option<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let wanted = format!(" {} ", directory.display());
-    table.lines().find(|line| line.contains(&wanted)).map(str::to_owned)
+    table
+        .lines()
+        .find(|line| line.contains(&wanted))
+        .map(str::to_owned)
 }
 
 fn fixture() -> (Fixture, PathBuf) {
@@ -76,12 +91,18 @@ async fn a_file_system_is_mounted_writable_and_the_view_is_never_written() {
             assert!(line.contains(option), "{line}");
         }
         fs::write(place.join("file"), "written to the private copy").unwrap();
-        assert_eq!(fixture.appliance.mounts.list(), [mount.clone()]);
+        assert_eq!(
+            fixture.appliance.mounts.list(),
+            std::slice::from_ref(&mount)
+        );
         fixture.appliance.mounts.remove(mount.id, false).unwrap();
         assert!(mounted(&place).is_none());
         assert!(!place.exists(), "a directory that was made goes again");
         let again = fixture.appliance.mounts.create(&at(&place)).unwrap();
-        assert!(!place.join("file").exists(), "the private copy was lost with its mount");
+        assert!(
+            !place.join("file").exists(),
+            "the private copy was lost with its mount"
+        );
         fixture.appliance.mounts.remove(again.id, false).unwrap();
         assert_eq!(fs::read_dir(directory.join("overlays")).unwrap().count(), 0);
     });
@@ -92,8 +113,16 @@ async fn a_branch_is_written_and_can_be_dropped() {
     tokio::task::block_in_place(|| {
         let (fixture, directory) = fixture();
         let branch = filled(&ext4(&directory));
-        fixture.engine.knows.lock().branches.insert(REFERENCE.to_owned(), branch);
-        let wanted = CreateMount { is_branch: true, ..want() };
+        fixture
+            .engine
+            .knows
+            .lock()
+            .branches
+            .insert(REFERENCE.to_owned(), branch);
+        let wanted = CreateMount {
+            is_branch: true,
+            ..want()
+        };
         let mounts = &fixture.appliance.mounts;
         let mount = mounts.create(&wanted).unwrap();
         let place = PathBuf::from(mount.directory.clone().unwrap());
@@ -101,9 +130,14 @@ async fn a_branch_is_written_and_can_be_dropped() {
         mounts.remove(mount.id, false).unwrap();
         let mount = mounts.create(&wanted).unwrap();
         assert_eq!(mount.history, BRANCH);
-        assert_eq!(fs::read_to_string(place.parent().unwrap().join(format!("{}/file", mount.id))).unwrap(), "kept");
+        assert_eq!(
+            fs::read_to_string(place.parent().unwrap().join(format!("{}/file", mount.id))).unwrap(),
+            "kept"
+        );
         mounts.remove(mount.id, true).unwrap();
-        fixture.engine.wait(|told| (told.dropped == [BRANCH]).then_some(()));
+        fixture
+            .engine
+            .wait(|told| (told.dropped == [BRANCH]).then_some(()));
     });
 }
 
@@ -113,12 +147,21 @@ async fn a_device_is_given_writable_and_private() {
         let (fixture, _) = fixture();
         let content = vec![0xAB; 1 << 20];
         show(&fixture, &content);
-        let mount =
-            fixture.appliance.mounts.create(&CreateMount { device_only: true, ..want() }).unwrap();
+        let mount = fixture
+            .appliance
+            .mounts
+            .create(&CreateMount {
+                device_only: true,
+                ..want()
+            })
+            .unwrap();
         assert!(mount.directory.is_none() && mount.device.starts_with("/dev/loop"));
         assert!(mount.notes[0].contains("private copy"));
-        let device =
-            fs::OpenOptions::new().read(true).write(true).open(&mount.device).unwrap();
+        let device = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&mount.device)
+            .unwrap();
         device.write_all_at(&[1; 4096], 8192).unwrap();
         device.sync_all().unwrap();
         let mut bytes = [0; 8192];
@@ -155,11 +198,22 @@ async fn what_cannot_be_mounted_says_why_and_leaves_nothing_behind() {
             assert!(error.message.contains(why), "{error}");
             assert_eq!(error.class, ErrorClass::Refused);
         }
-        let both = CreateMount { device_only: true, ..at(&full) };
+        let both = CreateMount {
+            device_only: true,
+            ..at(&full)
+        };
         assert!(mounts.create(&both).is_err());
         assert!(mounts.list().is_empty());
-        assert_eq!(mounts.remove(1, false).unwrap_err().class, ErrorClass::Refused);
-        assert_eq!(fs::read_dir(directory.join("mounts/fuse/.mounts")).unwrap().count(), 0);
+        assert_eq!(
+            mounts.remove(1, false).unwrap_err().class,
+            ErrorClass::Refused
+        );
+        assert_eq!(
+            fs::read_dir(directory.join("mounts/fuse/.mounts"))
+                .unwrap()
+                .count(),
+            0
+        );
         assert_eq!(fs::read_dir(directory.join("mounts")).unwrap().count(), 1);
     });
 }
@@ -193,7 +247,11 @@ async fn the_only_file_system_of_a_partition_table_is_mounted() {
         let (fixture, directory) = fixture();
         let filesystem = ext4(&directory);
         let script = directory.join("script");
-        fs::write(&script, "label: gpt\nstart=2048, size=2048\nstart=4096, size=32768\n").unwrap();
+        fs::write(
+            &script,
+            "label: gpt\nstart=2048, size=2048\nstart=4096, size=32768\n",
+        )
+        .unwrap();
         let shell = |path: &str| {
             let line = format!("sfdisk -q {path} < {}", script.display());
             run("sh", &["-c", &line]);
@@ -222,7 +280,10 @@ async fn points_and_moments_are_files() {
     tokio::task::block_in_place(|| {
         let (fixture, directory) = fixture();
         let content = vec![7; 1 << 20];
-        let (web, data) = (machine(Lsn(99), afterimage_blockdev::Timestamp(5)), read_only(&content));
+        let (web, data) = (
+            machine(Lsn(99), afterimage_blockdev::Timestamp(5)),
+            read_only(&content),
+        );
         let (id, disk) = (web.machine, web.disks[0].disk);
         {
             let mut knows = fixture.engine.knows.lock();
@@ -234,15 +295,18 @@ async fn points_and_moments_are_files() {
                 knows.views.insert(reference, data.clone());
             }
             for at in ["lsn:77", "2026-07-31T12:00:00Z"] {
-                knows.views.insert(format!("{id}/{disk}@{at}"), data.clone());
+                knows
+                    .views
+                    .insert(format!("{id}/{disk}@{at}"), data.clone());
             }
             knows.machines = vec![web];
         }
         let root = directory.join("mounts/fuse");
         let names = |path: &str| {
             let entries = fs::read_dir(root.join(path)).unwrap();
-            let mut names: Vec<_> =
-                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            let mut names: Vec<_> = entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
             names.sort();
             names
         };
@@ -251,13 +315,26 @@ async fn points_and_moments_are_files() {
         assert_eq!(names("web/data"), ["at", "points"]);
         assert_eq!(names("web/data/points"), ["one.img", "two.img"]);
         assert!(names("web/data/at").is_empty());
-        for file in ["points/one.img", "at/lsn-77.img", "at/2026-07-31T12:00:00Z.img"] {
+        for file in [
+            "points/one.img",
+            "at/lsn-77.img",
+            "at/2026-07-31T12:00:00Z.img",
+        ] {
             let path = root.join("web/data").join(file);
             assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20, "{file}");
             assert!(fs::read(&path).unwrap() == content, "{file}");
-            assert!(fs::OpenOptions::new().write(true).open(&path).is_err(), "{file}");
+            assert!(
+                fs::OpenOptions::new().write(true).open(&path).is_err(),
+                "{file}"
+            );
         }
-        for missing in ["points/half.img", "points/three.img", "points/one", "at/latest.img", "x"] {
+        for missing in [
+            "points/half.img",
+            "points/three.img",
+            "points/one",
+            "at/latest.img",
+            "x",
+        ] {
             assert!(!root.join("web/data").join(missing).exists(), "{missing}");
         }
         assert!(!root.join("nobody").exists());

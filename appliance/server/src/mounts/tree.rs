@@ -8,29 +8,24 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
-use afterimage_blockdev::{
-    BlockDevice, Clock, DiskId, ErrorClass, HistoryId, Lsn, MachineId, PointId, Timestamp,
-};
+use afterimage_blockdev::{BlockDevice, Clock, DiskId, MachineId, PointId, Timestamp};
 use afterimage_export::{ListedNode, Node, NodeId, NodeKind, Tree, TreeError};
-use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::server::Point;
 use parking_lot::Mutex;
 
 use super::nodes::{Moment, Nodes, Place};
 use super::status_cache::{self, StatusCache};
-use crate::engine::{Command, EngineGone, EngineHandle, EngineStatus, ViewOpened, ViewRequest};
+use super::views::{Views, gone, is_shown};
+use crate::engine::{EngineHandle, EngineStatus};
 
 /// Directory of the files behind mounts; hidden, since they are nobody else's.
 pub(super) const MOUNTS_NAME: &str = ".mounts";
 const SUFFIX: &str = ".img";
-/// Points asked of the engine at once when one is looked for by name.
-const SEARCH_PAGE: usize = 1000;
 /// Sizes of points that are remembered; all are dropped when there are more.
 const SIZES_MAX: usize = 64 * 1024;
-const INCOMPLETE: &str = "resync-incomplete";
 
 pub(super) struct DiskTree {
-    engine: EngineHandle,
+    views: Views,
     status: StatusCache,
     nodes: Mutex<Nodes>,
     mounts: Mutex<HashMap<u64, Arc<dyn BlockDevice>>>,
@@ -42,7 +37,7 @@ impl DiskTree {
     pub(super) fn new(engine: EngineHandle, clock: Arc<dyn Clock>) -> Self {
         Self {
             status: StatusCache::new(engine.clone(), clock),
-            engine,
+            views: Views::new(engine),
             nodes: Mutex::default(),
             mounts: Mutex::default(),
             sizes: Mutex::default(),
@@ -59,7 +54,12 @@ impl DiskTree {
         self.mounts.lock().remove(&id);
     }
 
-    fn node_of(&self, place: &Place, kind: NodeKind, modified: Timestamp) -> Result<Node, TreeError> {
+    fn node_of(
+        &self,
+        place: &Place,
+        kind: NodeKind,
+        modified: Timestamp,
+    ) -> Result<Node, TreeError> {
         let id = self.nodes.lock().id(place).ok_or(TreeError::Failed {
             errno: libc::EOVERFLOW,
             message: "more disks or points than numbers for files".to_owned(),
@@ -72,75 +72,44 @@ impl DiskTree {
     }
 
     fn read_only(&self, place: &Place, size_bytes: u64, at: Timestamp) -> Result<Node, TreeError> {
-        self.node_of(place, NodeKind::File { size_bytes, is_read_only: true }, at)
+        self.node_of(
+            place,
+            NodeKind::File {
+                size_bytes,
+                is_read_only: true,
+            },
+            at,
+        )
     }
 
     fn mount_node(&self, id: u64) -> Result<Node, TreeError> {
-        let geometry = self.mounts.lock().get(&id).ok_or(TreeError::NotFound)?.geometry();
+        let geometry = self
+            .mounts
+            .lock()
+            .get(&id)
+            .ok_or(TreeError::NotFound)?
+            .geometry();
         let (size_bytes, is_read_only) = (geometry.size_bytes, geometry.is_read_only);
-        let kind = NodeKind::File { size_bytes, is_read_only };
+        let kind = NodeKind::File {
+            size_bytes,
+            is_read_only,
+        };
         self.node_of(&Place::Mount(id), kind, Timestamp::default())
     }
 
-    fn view(&self, machine: MachineId, disk: DiskId, at: &str) -> Result<ViewOpened, TreeError> {
-        let reference = format!("{machine}/{disk}@{at}");
-        let request = ViewRequest { reference, allow_incomplete: false };
-        let opened = self.engine.ask_blocking(|reply| Command::OpenView(request, reply));
-        opened.map_err(gone)?.map_err(|error| refused(&error))
-    }
-
-    fn view_at(
+    fn point_node(
         &self,
         machine: MachineId,
         disk: DiskId,
-        history: HistoryId,
-        lsn: Lsn,
-    ) -> Result<ViewOpened, TreeError> {
-        self.view(machine, disk, &format!("{history}:lsn:{lsn}"))
-    }
-
-    fn points(
-        &self,
-        machine: MachineId,
-        after: PointId,
-        limit: usize,
-    ) -> Result<Vec<Point>, TreeError> {
-        let machine = machine.to_string();
-        let page = self
-            .engine
-            .ask_blocking(|reply| Command::ListPoints { machine, after, limit, reply })
-            .map_err(gone)?
-            .map_err(|error| refused(&error))?;
-        Ok(page.points)
-    }
-
-    fn point(&self, machine: MachineId, id: PointId) -> Result<Point, TreeError> {
-        let after = PointId(id.0.saturating_sub(1));
-        let found = self.points(machine, after, 1)?.into_iter().next();
-        found.filter(|point| point.id == id).ok_or(TreeError::NotFound)
-    }
-
-    fn point_named(&self, machine: MachineId, name: &str) -> Result<Point, TreeError> {
-        let mut after = PointId(0);
-        loop {
-            let page = self.points(machine, after, SEARCH_PAGE)?;
-            let Some(last) = page.last() else { return Err(TreeError::NotFound) };
-            if last.id <= after {
-                return Err(TreeError::NotFound);
-            }
-            after = last.id;
-            if let Some(point) = page.into_iter().find(|point| point.name == name) {
-                return if is_shown(&point) { Ok(point) } else { Err(TreeError::NotFound) };
-            }
-        }
-    }
-
-    fn point_node(&self, machine: MachineId, disk: DiskId, point: &Point) -> Result<Node, TreeError> {
+        point: &Point,
+    ) -> Result<Node, TreeError> {
         let known = self.sizes.lock().get(&(disk, point.id)).copied();
         let size_bytes = match known {
             Some(size_bytes) => size_bytes,
             None => {
-                let view = self.view_at(machine, disk, point.history, point.lsn)?;
+                let view = self
+                    .views
+                    .view_at(machine, disk, point.history, point.lsn)?;
                 let size_bytes = view.device.geometry().size_bytes;
                 let mut sizes = self.sizes.lock();
                 if sizes.len() >= SIZES_MAX {
@@ -150,7 +119,11 @@ impl DiskTree {
                 size_bytes
             }
         };
-        self.read_only(&Place::Point(machine, disk, point.id), size_bytes, point.time)
+        self.read_only(
+            &Place::Point(machine, disk, point.id),
+            size_bytes,
+            point.time,
+        )
     }
 
     fn moment(&self, machine: MachineId, disk: DiskId, name: &str) -> Result<Node, TreeError> {
@@ -162,17 +135,26 @@ impl DiskTree {
             }
             None => return Err(TreeError::NotFound),
         };
-        let view = self.view(machine, disk, &at)?;
+        let view = self.views.view(machine, disk, &at)?;
         let size_bytes = view.device.geometry().size_bytes;
         let (history, lsn, time) = (view.history, view.lsn, view.time);
-        let moment = Moment { machine, disk, history, lsn, time, size_bytes };
+        let moment = Moment {
+            machine,
+            disk,
+            history,
+            lsn,
+            time,
+            size_bytes,
+        };
         self.read_only(&Place::Moment(moment), size_bytes, time)
     }
 
     fn named(&self, parent: &Place, name: &str) -> Result<Node, TreeError> {
         let status = || self.status.get().map_err(gone);
         match parent {
-            Place::Root if name == MOUNTS_NAME => self.directory(&Place::Mounts, Timestamp::default()),
+            Place::Root if name == MOUNTS_NAME => {
+                self.directory(&Place::Mounts, Timestamp::default())
+            }
             Place::Root => {
                 let status = status()?;
                 let found = status.machines.iter().find(|machine| machine.name == name);
@@ -195,13 +177,11 @@ impl DiskTree {
                 self.place_node(&place)
             }
             Place::Points(machine, disk) => {
-                let point = self.point_named(*machine, stem(name)?)?;
+                let point = self.views.point_named(*machine, stem(name)?)?;
                 self.point_node(*machine, *disk, &point)
             }
             Place::At(machine, disk) => self.moment(*machine, *disk, stem(name)?),
-            Place::Mounts => {
-                self.mount_node(stem(name)?.parse().map_err(|_| TreeError::NotFound)?)
-            }
+            Place::Mounts => self.mount_node(stem(name)?.parse().map_err(|_| TreeError::NotFound)?),
             Place::Point(..) | Place::Moment(_) | Place::Mount(_) => Err(TreeError::NotADirectory),
         }
     }
@@ -213,14 +193,16 @@ impl DiskTree {
                 let status = self.status.get().map_err(gone)?;
                 self.directory(place, newest(known(&status, *machine)?))
             }
-            Place::Disk(machine, disk) | Place::Points(machine, disk) | Place::At(machine, disk) => {
+            Place::Disk(machine, disk)
+            | Place::Points(machine, disk)
+            | Place::At(machine, disk) => {
                 let status = self.status.get().map_err(gone)?;
                 let found = status_cache::disk(&status, *machine, *disk);
                 let (machine, _) = found.ok_or(TreeError::NotFound)?;
                 self.directory(place, newest(machine))
             }
             Place::Point(machine, disk, point) => {
-                let point = self.point(*machine, *point)?;
+                let point = self.views.point(*machine, *point)?;
                 self.point_node(*machine, *disk, &point)
             }
             Place::Moment(moment) => self.read_only(place, moment.size_bytes, moment.time),
@@ -241,15 +223,21 @@ impl DiskTree {
     ) -> Result<Vec<ListedNode>, TreeError> {
         let mut after = PointId(after);
         loop {
-            let page = self.points(machine, after, limit)?;
-            let Some(last) = page.last() else { return Ok(Vec::new()) };
+            let page = self.views.points(machine, after, limit)?;
+            let Some(last) = page.last() else {
+                return Ok(Vec::new());
+            };
             after = last.id;
             let mut listed = Vec::with_capacity(page.len());
             for point in page.iter().filter(|point| is_shown(point)) {
                 // A disk that is younger than the point has no state there.
                 if let Ok(node) = self.point_node(machine, disk, point) {
                     let name = OsString::from(format!("{}{SUFFIX}", point.name));
-                    listed.push(ListedNode { name, node, cursor: point.id.0 });
+                    listed.push(ListedNode {
+                        name,
+                        node,
+                        cursor: point.id.0,
+                    });
                 }
             }
             if !listed.is_empty() {
@@ -278,15 +266,21 @@ impl DiskTree {
                 nodes.collect::<Result<_, TreeError>>()?
             }
             Place::Disk(machine, disk) => vec![
-                ("at".to_owned(), self.place_node(&Place::At(*machine, *disk))?),
-                ("points".to_owned(), self.place_node(&Place::Points(*machine, *disk))?),
+                (
+                    "at".to_owned(),
+                    self.place_node(&Place::At(*machine, *disk))?,
+                ),
+                (
+                    "points".to_owned(),
+                    self.place_node(&Place::Points(*machine, *disk))?,
+                ),
             ],
             Place::Mounts => {
                 let mut ids: Vec<u64> = self.mounts.lock().keys().copied().collect();
                 ids.sort_unstable();
-                let nodes = ids.into_iter().filter_map(|id| {
-                    Some((format!("{id}{SUFFIX}"), self.mount_node(id).ok()?))
-                });
+                let nodes = ids
+                    .into_iter()
+                    .filter_map(|id| Some((format!("{id}{SUFFIX}"), self.mount_node(id).ok()?)));
                 nodes.collect()
             }
             Place::At(..) | Place::Points(..) => Vec::new(),
@@ -320,7 +314,11 @@ impl Tree for DiskTree {
         let all = self.list_all(&place)?;
         let skipped = usize::try_from(after).unwrap_or(usize::MAX);
         let listed = all.into_iter().zip(1u64..).skip(skipped).take(limit);
-        let node = |((name, node), cursor)| ListedNode { name: OsString::from(name), node, cursor };
+        let node = |((name, node), cursor)| ListedNode {
+            name: OsString::from(name),
+            node,
+            cursor,
+        };
         Ok(listed.map(node).collect())
     }
 
@@ -328,7 +326,12 @@ impl Tree for DiskTree {
         let place = self.place(file)?;
         match place {
             Place::Mount(id) => {
-                let device = self.mounts.lock().get(&id).cloned().ok_or(TreeError::NotFound)?;
+                let device = self
+                    .mounts
+                    .lock()
+                    .get(&id)
+                    .cloned()
+                    .ok_or(TreeError::NotFound)?;
                 if want_write && device.geometry().is_read_only {
                     return Err(TreeError::ReadOnly);
                 }
@@ -336,12 +339,21 @@ impl Tree for DiskTree {
             }
             Place::Point(..) | Place::Moment(_) if want_write => Err(TreeError::ReadOnly),
             Place::Point(machine, disk, point) => {
-                let point = self.point(machine, point)?;
-                Ok(self.view_at(machine, disk, point.history, point.lsn)?.device)
+                let point = self.views.point(machine, point)?;
+                Ok(self
+                    .views
+                    .view_at(machine, disk, point.history, point.lsn)?
+                    .device)
             }
             Place::Moment(moment) => {
-                let Moment { machine, disk, history, lsn, .. } = moment;
-                Ok(self.view_at(machine, disk, history, lsn)?.device)
+                let Moment {
+                    machine,
+                    disk,
+                    history,
+                    lsn,
+                    ..
+                } = moment;
+                Ok(self.views.view_at(machine, disk, history, lsn)?.device)
             }
             _ => Err(TreeError::IsADirectory),
         }
@@ -354,15 +366,17 @@ impl Tree for DiskTree {
     fn attributes(&self, id: NodeId) -> Vec<(String, Vec<u8>)> {
         let named = |name: &str, value: String| (name.to_owned(), value.into_bytes());
         let (history, lsn, kind) = match self.place(id) {
-            Ok(Place::Point(machine, _, point)) => match self.point(machine, point) {
+            Ok(Place::Point(machine, _, point)) => match self.views.point(machine, point) {
                 Ok(point) => (point.history, point.lsn, Some(point.kind)),
                 Err(_) => return Vec::new(),
             },
             Ok(Place::Moment(moment)) => (moment.history, moment.lsn, None),
             _ => return Vec::new(),
         };
-        let mut attributes =
-            vec![named("history", history.to_string()), named("lsn", lsn.to_string())];
+        let mut attributes = vec![
+            named("history", history.to_string()),
+            named("lsn", lsn.to_string()),
+        ];
         attributes.extend(kind.map(|kind| named("kind", kind)));
         attributes
     }
@@ -380,28 +394,16 @@ fn known(
 }
 
 fn newest(machine: &crate::engine::MachineSummary) -> Timestamp {
-    machine.histories.iter().map(|history| history.durable_time).max().unwrap_or_default()
+    machine
+        .histories
+        .iter()
+        .map(|history| history.durable_time)
+        .max()
+        .unwrap_or_default()
 }
 
 fn stem(name: &str) -> Result<&str, TreeError> {
-    name.strip_suffix(SUFFIX).filter(|stem| !stem.is_empty()).ok_or(TreeError::NotFound)
-}
-
-/// A point that is no state of the source is opened only by explicit order, never from here.
-fn is_shown(point: &Point) -> bool {
-    point.kind != INCOMPLETE && !point.name.contains('/') && !point.name.is_empty()
-}
-
-fn gone(error: EngineGone) -> TreeError {
-    TreeError::Failed { errno: libc::EIO, message: error.to_string() }
-}
-
-fn refused(error: &ApiError) -> TreeError {
-    match error.class {
-        ErrorClass::Refused => TreeError::NotFound,
-        ErrorClass::Retry => {
-            TreeError::Failed { errno: libc::EAGAIN, message: error.to_string() }
-        }
-        _ => TreeError::Failed { errno: libc::EIO, message: error.to_string() },
-    }
+    name.strip_suffix(SUFFIX)
+        .filter(|stem| !stem.is_empty())
+        .ok_or(TreeError::NotFound)
 }

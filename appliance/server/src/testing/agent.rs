@@ -38,9 +38,9 @@ pub(crate) fn client_config(
         .with_root_certificates(roots);
     Arc::new(match identity {
         None => builder.with_no_client_auth(),
-        Some(Identity { certificate, key }) => {
-            builder.with_client_auth_cert(vec![certificate.clone()], key.clone_key()).unwrap()
-        }
+        Some(Identity { certificate, key }) => builder
+            .with_client_auth_cert(vec![certificate.clone()], key.clone_key())
+            .unwrap(),
     })
 }
 
@@ -61,7 +61,9 @@ pub(crate) struct Wire {
 impl Wire {
     pub(crate) async fn open(fixture: &Fixture, address: SocketAddr, identity: &Identity) -> Self {
         let config = client_config(fixture.appliance.authority.certificate(), Some(identity));
-        Self { stream: connect(address, config).await.unwrap() }
+        Self {
+            stream: connect(address, config).await.unwrap(),
+        }
     }
 
     pub(crate) async fn send(&mut self, message: &FromSender) {
@@ -98,14 +100,23 @@ pub(crate) async fn control(
     body: &impl Serialize,
 ) -> std::io::Result<(StatusCode, Value)> {
     let stream = connect(address, config).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
     tokio::spawn(connection);
     let answer = sender.send_request(self::request(method, path, body)).await;
     let answer = answer.map_err(std::io::Error::other)?;
     let status = answer.status();
-    let bytes = answer.into_body().collect().await.map_err(std::io::Error::other)?.to_bytes();
-    Ok((status, serde_json::from_slice(&bytes).unwrap_or(Value::Null)))
+    let bytes = answer
+        .into_body()
+        .collect()
+        .await
+        .map_err(std::io::Error::other)?
+        .to_bytes();
+    Ok((
+        status,
+        serde_json::from_slice(&bytes).unwrap_or(Value::Null),
+    ))
 }
 
 /// Asks as the local socket does, without a socket.
@@ -120,7 +131,10 @@ pub(crate) async fn local(
     let answer = router.oneshot(request(method, path, body)).await.unwrap();
     let status = answer.status();
     let bytes = answer.into_body().collect().await.unwrap().to_bytes();
-    (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+    (
+        status,
+        serde_json::from_slice(&bytes).unwrap_or(Value::Null),
+    )
 }
 
 fn request(method: Method, path: &str, body: &impl Serialize) -> Request<Body> {

@@ -75,8 +75,13 @@ impl FakeEngine {
             if let Some(found) = check(&told) {
                 return found;
             }
-            let waited = self.changed.wait_for(&mut told, std::time::Duration::from_secs(20));
-            assert!(!waited.timed_out(), "the engine was not told what the test waits for");
+            let waited = self
+                .changed
+                .wait_for(&mut told, std::time::Duration::from_secs(20));
+            assert!(
+                !waited.timed_out(),
+                "the engine was not told what the test waits for"
+            );
         }
     }
 
@@ -104,7 +109,12 @@ impl FakeEngine {
                         told.events.insert(key, request.events);
                         told.opened.push(key);
                         let (durable, highest) = (Lsn(0), Lsn(0));
-                        Ok(StreamOpened { key, durable, highest, tag_key: [7; 32] })
+                        Ok(StreamOpened {
+                            key,
+                            durable,
+                            highest,
+                            tag_key: [7; 32],
+                        })
                     }
                 };
                 let _gone = reply.send(answer);
@@ -112,12 +122,18 @@ impl FakeEngine {
             Command::Declare(_, reply) => {
                 let (has_copy, is_in_batch) = (false, false);
                 let bulk_done = Vec::new();
-                let opened =
-                    DiskOpened { key: 1, secret: [3; 32], has_copy, is_in_batch, bulk_done };
+                let opened = DiskOpened {
+                    key: 1,
+                    secret: [3; 32],
+                    has_copy,
+                    is_in_batch,
+                    bulk_done,
+                };
                 let _gone = reply.send(Ok(opened));
             }
             Command::Append(key, frame) => {
-                told.frames.push((key, frame.header.first, frame.header.last));
+                told.frames
+                    .push((key, frame.header.first, frame.header.last));
             }
             Command::Bulk(key, number, _) => told.bulk.push((key, number)),
             Command::Compare { tags, reply, .. } => {
@@ -136,7 +152,12 @@ impl FakeEngine {
                 let is_gone = knows.points.len() < before;
                 let _gone = reply.send(if is_gone { Ok(()) } else { Err(missing(&name)) });
             }
-            Command::ListPoints { after, limit, reply, .. } => {
+            Command::ListPoints {
+                after,
+                limit,
+                reply,
+                ..
+            } => {
                 let total = knows.points.len() as u64;
                 let after = knows.points.iter().filter(|point| point.id > after);
                 let points = after.take(limit).cloned().collect();
@@ -149,7 +170,9 @@ impl FakeEngine {
             }
             Command::Fork(request, reply) => {
                 let device = knows.branches.get(&request.reference).cloned();
-                let answer = device.ok_or_else(|| missing(&request.reference)).map(branch);
+                let answer = device
+                    .ok_or_else(|| missing(&request.reference))
+                    .map(branch);
                 let _gone = reply.send(answer);
             }
             Command::DropBranch(history, reply) => {
@@ -167,10 +190,18 @@ impl FakeEngine {
             }
             Command::Verify(reply) => {
                 let damage = knows.damage.clone();
-                let _gone =
-                    reply.send(Ok(VerifyReport { segments: 1, slots: 2, bytes: 3, damage }));
+                let _gone = reply.send(Ok(VerifyReport {
+                    segments: 1,
+                    slots: 2,
+                    bytes: 3,
+                    damage,
+                }));
             }
-            Command::Fence { machine, origin, reply } => {
+            Command::Fence {
+                machine,
+                origin,
+                reply,
+            } => {
                 told.fenced.push((machine, origin));
                 let _gone = reply.send(Ok(()));
             }
@@ -226,8 +257,13 @@ pub(crate) fn point(id: u64, name: &str) -> Point {
 /// A machine `web` with a disk `data` that can be mounted.
 pub(crate) fn machine(durable: Lsn, durable_time: Timestamp) -> MachineSummary {
     let (first, first_time) = (Lsn(1), Timestamp(0));
-    let range =
-        AddressableRange { history: TRUNK, first, last: durable, first_time, last_time: durable_time };
+    let range = AddressableRange {
+        history: TRUNK,
+        first,
+        last: durable,
+        first_time,
+        last_time: durable_time,
+    };
     MachineSummary {
         machine: MachineId([1; 16]),
         name: "web".to_owned(),

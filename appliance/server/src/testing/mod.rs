@@ -63,14 +63,19 @@ pub(crate) struct Identity {
 
 impl Clone for Identity {
     fn clone(&self) -> Self {
-        Self { certificate: self.certificate.clone(), key: self.key.clone_key() }
+        Self {
+            certificate: self.certificate.clone(),
+            key: self.key.clone_key(),
+        }
     }
 }
 
 /// A key of an agent, and its request for a certificate.
 pub(crate) fn request() -> (KeyPair, String) {
     let key = KeyPair::generate().unwrap();
-    let request = CertificateParams::default().serialize_request(&key).unwrap();
+    let request = CertificateParams::default()
+        .serialize_request(&key)
+        .unwrap();
     (key, request.pem().unwrap())
 }
 
@@ -96,8 +101,10 @@ impl Fixture {
     pub(crate) fn with(config: Config) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let data_dir = directory.path();
-        let clock =
-            Arc::new(MovedClock { clock: SystemClock::default(), ahead_ns: AtomicU64::new(0) });
+        let clock = Arc::new(MovedClock {
+            clock: SystemClock::default(),
+            ahead_ns: AtomicU64::new(0),
+        });
         let shared: Arc<dyn Clock> = clock.clone();
         let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
         let authority =
@@ -105,8 +112,10 @@ impl Fixture {
         let events_max = config.control.events_max;
         let catalogue = Catalogue::open(&data_dir.join("catalogue.db"), events_max).unwrap();
         let (engine, handle) = FakeEngine::start();
-        let places =
-            MountPlaces { root: data_dir.join("mounts"), overlays: data_dir.join("overlays") };
+        let places = MountPlaces {
+            root: data_dir.join("mounts"),
+            overlays: data_dir.join("overlays"),
+        };
         let backend = config.store.backend.into();
         let mounts = Mounts::start(
             handle.clone(),
@@ -140,7 +149,14 @@ impl Fixture {
             control_port: 8443,
         });
         let (stop, _) = watch::channel(false);
-        Self { appliance, engine, clock, directory, identity, stop }
+        Self {
+            appliance,
+            engine,
+            clock,
+            directory,
+            identity,
+            stop,
+        }
     }
 
     /// Starts the data service.
@@ -150,7 +166,10 @@ impl Fixture {
         let identity = Arc::clone(&self.identity);
         let tls = server_config(&self.appliance.authority, identity, ClientAuth::Required).unwrap();
         let ingest = Ingest::new(Arc::clone(&self.appliance));
-        (address, tokio::spawn(ingest::serve(ingest, listener, tls, self.stop.subscribe())))
+        (
+            address,
+            tokio::spawn(ingest::serve(ingest, listener, tls, self.stop.subscribe())),
+        )
     }
 
     /// Starts the control service on TLS.
@@ -162,7 +181,9 @@ impl Fixture {
         let appliance = Arc::clone(&self.appliance);
         let router = crate::control::router(Arc::clone(&appliance));
         let stop = self.stop.subscribe();
-        tokio::spawn(crate::control::serve_tls(appliance, router, listener, tls, stop));
+        tokio::spawn(crate::control::serve_tls(
+            appliance, router, listener, tls, stop,
+        ));
         address
     }
 
@@ -175,23 +196,56 @@ impl Fixture {
     pub(crate) fn agent_within(&self, agent: AgentId, lifetime: Lifetime) -> Identity {
         let (key, pem) = request();
         let entropy = &*self.appliance.entropy;
-        let issued = self.appliance.authority.sign_agent(&pem, agent, lifetime, entropy).unwrap();
-        let noted = NewCertificate { serial: issued.serial.to_vec(), expires: issued.expires };
+        let issued = self
+            .appliance
+            .authority
+            .sign_agent(&pem, agent, lifetime, entropy)
+            .unwrap();
+        let noted = NewCertificate {
+            serial: issued.serial.to_vec(),
+            expires: issued.expires,
+        };
         let now = self.appliance.now();
         let (catalogue, secret) = (&self.appliance.catalogue, rand_secret(entropy));
         let until = Timestamp(now.0 + 1_000_000_000_000);
         catalogue.add_token(&secret, now, until).unwrap();
         // A machine of its own, which no test uses.
         let spare = MachineId(agent.0.map(|byte| !byte));
-        catalogue.enrol(&secret, agent, spare, "spare", &noted, now).unwrap();
-        Identity { certificate: issued.certificate, key: key_der(&key) }
+        catalogue
+            .enrol(&secret, agent, spare, "spare", &noted, now)
+            .unwrap();
+        Identity {
+            certificate: issued.certificate,
+            key: key_der(&key),
+        }
+    }
+
+    /// Waits for an event of a kind; gives its text.
+    pub(crate) async fn event(&self, kind: &str) -> String {
+        let (catalogue, kind) = (self.appliance.catalogue.clone(), kind.to_owned());
+        let found = tokio::time::timeout(Duration::from_secs(20), async move {
+            loop {
+                let events = catalogue
+                    .run(|catalogue| catalogue.events(0, 100))
+                    .await
+                    .unwrap();
+                if let Some(event) = events.into_iter().find(|event| event.kind == kind) {
+                    return event.text;
+                }
+                tokio::task::yield_now().await;
+            }
+        });
+        found.await.expect("the event is noted")
     }
 
     /// An agent with a certificate and a grant for a machine.
     pub(crate) fn granted(&self, agent: AgentId, machine: MachineId) -> Identity {
         let identity = self.agent(agent, Duration::from_secs(3600));
         let now = self.appliance.now();
-        self.appliance.catalogue.move_machine(machine, agent, now).unwrap();
+        self.appliance
+            .catalogue
+            .move_machine(machine, agent, now)
+            .unwrap();
         identity
     }
 }

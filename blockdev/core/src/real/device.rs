@@ -166,6 +166,10 @@ impl BlockDevice for RealDevice {
         self.shared.geometry()
     }
 
+    fn gives_buffers_back(&self) -> bool {
+        true
+    }
+
     fn submit(&self, token: Token, op: BlockOp, to: Arc<dyn BlockCompleter>) {
         let checked = op.validate(&self.shared.geometry()).and_then(|()| {
             if self.shared.is_poisoned.load(Ordering::Acquire) {
@@ -360,6 +364,7 @@ impl Delivery for DeviceDelivery {
                     message,
                 }))
             }
+            (Ok(()), Action::Write { .. }, Some(buffer)) => Ok(BlockOutcome::Written(buffer)),
             (Ok(()), _, _) => Ok(BlockOutcome::Done),
             (Err(cause), action, _) => {
                 if loses_data(action, &cause) {

@@ -55,6 +55,10 @@ struct Found {
     /// The header, or the directory, is damaged.
     damage: Option<(u64, Damage)>,
     is_blank: bool,
+    /// The header is that of the segment whose file this was before.
+    is_stale: bool,
+    /// The file belongs to another store, and is left alone.
+    is_foreign: bool,
     /// Gets a new directory.
     is_unsealed: bool,
     /// Something of it is lost at its end, so that its directory would overwrite remains.
@@ -236,8 +240,16 @@ impl Log {
         let mut segments = Vec::new();
         let mut before = 0;
         let nexts = recovery.nexts();
-        for (found, next) in recovery.found.drain(..).zip(nexts) {
-            let is_void = found.first.is_some_and(|first| first > last_sequence);
+        let known = recovery
+            .found
+            .iter()
+            .rposition(|found| found.first.is_some());
+        // Without any other, the only file is kept for whoever can read it.
+        let last_known = known.unwrap_or(usize::MAX);
+        for (place, (found, next)) in recovery.found.drain(..).zip(nexts).enumerate() {
+            // Nothing that can be read, behind all that can: torn before anything was durable.
+            let is_torn = found.first.is_none() && !found.is_foreign && place > last_known;
+            let is_void = found.first.is_some_and(|first| first > last_sequence) || is_torn;
             if found.is_blank || is_void {
                 // A blank file protects nothing; a void one has a header that keeps a tail void.
                 if found.is_blank {
@@ -325,6 +337,8 @@ impl Found {
             footer: None,
             damage: None,
             is_blank: false,
+            is_stale: false,
+            is_foreign: false,
             is_unsealed: true,
             has_lost_end: false,
             last_sequence: 0,

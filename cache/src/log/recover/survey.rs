@@ -27,14 +27,14 @@ impl Log {
             return;
         };
         match SegmentHeader::decode(bytes) {
-            Ok(header)
-                if header.identity.store == store && header.identity.segment == found.id =>
-            {
+            Ok(header) if header.identity.store == store && header.identity.segment == found.id => {
                 found.first = Some(header.first_sequence);
                 found.generation = header.identity.generation;
             }
-            Ok(_) => {
+            Ok(header) => {
                 let (structure, field) = ("log segment header", "identity");
+                found.is_stale = header.identity.store == store;
+                found.is_foreign = !found.is_stale;
                 found.damage = Some((0, Damage::Field { structure, field }));
             }
             Err(damage) => {
@@ -86,7 +86,11 @@ impl Log {
                 }
             }
         }
-        let is_unknown = self.recovery.found.last().is_some_and(|f| f.first.is_none());
+        let is_unknown = self
+            .recovery
+            .found
+            .last()
+            .is_some_and(|f| f.first.is_none());
         if is_unknown {
             self.recover_read_all(Step::Probe, length, out);
         } else {
@@ -125,6 +129,8 @@ impl Log {
                 return;
             }
         }
+        // A file that was to be used again, and was not begun.
+        found.is_blank |= found.is_stale;
     }
 
     /// What headers and footers prove: all before a segment's first commit was durable.
@@ -135,8 +141,10 @@ impl Log {
             let sealed = found.footer.map_or(0, |footer| footer.last_sequence);
             recovery.proven = recovery.proven.max(begun).max(sealed);
         }
-        // A spool gives old segments away: what is wanted begins with the first one left.
-        let first = recovery.found.iter().find(|found| !found.is_blank);
+        // Segments are given away from the oldest on: what is wanted begins with the first left,
+        // unless that is a file of ours in which nothing can be read.
+        let is_ours = |found: &&Found| !found.is_blank && !found.is_foreign;
+        let first = recovery.found.iter().find(is_ours);
         let begin = first.and_then(|found| found.first).unwrap_or(0);
         recovery.expected = recovery.expected.max(begin);
         self.plan_walk(Pass::Walk);

@@ -248,13 +248,7 @@ impl Log {
         self.lost(segment, offset, last, damage, out);
     }
 
-    fn give_piece(
-        &mut self,
-        place: usize,
-        sequence: u64,
-        piece: Piece,
-        out: &mut Vec<LogOutput>,
-    ) {
+    fn give_piece(&mut self, place: usize, sequence: u64, piece: Piece, out: &mut Vec<LogOutput>) {
         let found = &mut self.recovery.found[place];
         let location = |offset, first_slot| FrameLocation {
             segment: found.id,
@@ -288,7 +282,9 @@ impl Log {
                 damaged,
             } => {
                 let location = location(offset, first_slot);
-                found.directory.note_records(offset, &bytes, &intact, identity.history);
+                found
+                    .directory
+                    .note_records(offset, &bytes, &intact, identity.history);
                 out.push(LogOutput::Salvaged {
                     location,
                     identity,
@@ -313,7 +309,11 @@ impl Log {
             walk.unproven = Some((first, from, end));
         }
         let found = &mut self.recovery.found[walk.place];
-        found.note(header.sequence, end, Some(header.first_slot + header.slot_count));
+        found.note(
+            header.sequence,
+            end,
+            Some(header.first_slot + header.slot_count),
+        );
         let mut first_slot = header.first_slot;
         for (place, offset) in commit.frames.iter().enumerate() {
             let Some(view) = walk.scan.frame(*offset) else {
@@ -328,7 +328,9 @@ impl Log {
             first_slot += view.header.slot_count;
             found.root.update(&view.header.hash);
             if found.is_unsealed {
-                found.directory.note_frame(location.first_slot, *offset, &view);
+                found
+                    .directory
+                    .note_frame(location.first_slot, *offset, &view);
             }
             if !is_wanted {
                 continue;

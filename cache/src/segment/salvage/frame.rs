@@ -9,7 +9,7 @@ use super::slots::{BadSlot, mend_slots};
 use super::{Piece, SalvagedRecord, agrees};
 use crate::bytes::{array, index, narrow, put, wide};
 use crate::frame::{
-    DamagedSlot, FRAME_HEADER_BYTES, FRAME_HASH_AT, Frame, FrameHeader, FrameIdentity, FrameView,
+    DamagedSlot, FRAME_HASH_AT, FRAME_HEADER_BYTES, Frame, FrameHeader, FrameIdentity, FrameView,
 };
 use crate::record::{RECORD_HEADER_BYTES, RecordHeader, RecordKind, RecordView};
 use crate::slot::HASH_AT as SLOT_HASH_AT;
@@ -68,7 +68,9 @@ fn parts(bytes: &[u8], header: Option<&FrameHeader>) -> Vec<Part> {
                 None => at += 8,
             }
         };
-        let end = record.as_ref().map_or(bytes.len(), |record| record.range.start);
+        let end = record
+            .as_ref()
+            .map_or(bytes.len(), |record| record.range.start);
         if end > start {
             parts.push(Part::Gap(start..end));
         }
@@ -134,7 +136,10 @@ fn prove(
 ) -> Option<(Frame, Vec<DamagedSlot>)> {
     let made = make_header(raw, records)?;
     let read = header.into_iter().chain([made]);
-    if let Some(found) = read.into_iter().find_map(|read| try_header(raw, &read, records)) {
+    if let Some(found) = read
+        .into_iter()
+        .find_map(|read| try_header(raw, &read, records))
+    {
         return Some(found);
     }
     let view = FrameView {
@@ -293,9 +298,8 @@ fn keep_records(
             bytes[record.body_end..record.range.end].fill(0);
             let bad = mend_slots(&mut bytes, record, identity.history);
             // Without the frame's header a record is only known to be of this history by a slot.
-            let is_known = |bad: &Vec<BadSlot>| {
-                header.is_some() || bad.len() < usize::from(record.slot_count)
-            };
+            let is_known =
+                |bad: &Vec<BadSlot>| header.is_some() || bad.len() < usize::from(record.slot_count);
             if let Some(bad) = bad.filter(is_known) {
                 let named = bad.into_iter().map(|bad| named(first, record, bad));
                 kept.damaged.extend(named);
@@ -364,7 +368,9 @@ fn count_slots(raw: &[u8], range: Range<usize>) -> Option<u32> {
 /// each gap.
 fn lost_lsns(header: Option<&FrameHeader>, parts: &[Part], kept: &[Lsn]) -> Vec<Lsn> {
     let mut lost = Vec::new();
-    let mut last = header.and_then(|header| header.first.0.checked_sub(1)).map(Lsn);
+    let mut last = header
+        .and_then(|header| header.first.0.checked_sub(1))
+        .map(Lsn);
     let is_bulk = header.is_some_and(|header| header.is_bulk);
     for (place, part) in parts.iter().enumerate() {
         match part {

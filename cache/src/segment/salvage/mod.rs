@@ -355,12 +355,19 @@ fn search_end(bytes: &[u8], at: usize, limit: usize) -> usize {
     };
     let from = (at + FRAME_HEADER_BYTES).min(limit);
     if let Some(found) = (from..limit).step_by(8).find(|place| follows(*place)) {
-        let zeroes = bytes[from..found].iter().rev().take_while(|byte| **byte == 0);
-        let is_commit = found.is_multiple_of(SECTOR) && FrameHeader::decode(&bytes[found..]).is_err();
+        let zeroes = bytes[from..found]
+            .iter()
+            .rev()
+            .take_while(|byte| **byte == 0);
+        let is_commit =
+            found.is_multiple_of(SECTOR) && FrameHeader::decode(&bytes[found..]).is_err();
         let back = if is_commit { zeroes.count() / 8 * 8 } else { 0 };
         return (found - back).max(from);
     }
-    let zeroes = bytes[from..limit].iter().rev().take_while(|byte| **byte == 0);
+    let zeroes = bytes[from..limit]
+        .iter()
+        .rev()
+        .take_while(|byte| **byte == 0);
     (limit - zeroes.count() / 8 * 8).max(from)
 }
 

@@ -36,9 +36,7 @@ pub(super) fn mend_slots(
     let header = &record.header;
     let mut contexts = cells(header.offset, header.length)
         .take(usize::from(record.slot_count))
-        .map(|(cell, mask)| {
-            SlotContext::uniform(header.disk, history, cell, mask, header.lsn)
-        })
+        .map(|(cell, mask)| SlotContext::uniform(header.disk, history, cell, mask, header.lsn))
         .peekable();
     let mut bad = Vec::new();
     let mut at = record.range.start + RECORD_HEADER_BYTES;

@@ -21,7 +21,9 @@ pub(super) async fn log(
     output: &Output,
 ) -> Result<(), AftError> {
     let LogCommand::Verify = command;
-    let report: VerifyReport = server.post("/v1/log/verify", &serde_json::Value::Null).await?;
+    let report: VerifyReport = server
+        .post("/v1/log/verify", &serde_json::Value::Null)
+        .await?;
     output.answer(&report, || {
         let mut text = format!(
             "{} segments, {} slots and {} were read\n",
@@ -50,9 +52,14 @@ pub(super) async fn token(
     output: &Output,
 ) -> Result<(), AftError> {
     let TokenCommand::Create { ttl } = command;
-    let token: Token = server.post("/v1/tokens", &CreateToken { ttl_s: ttl }).await?;
+    let token: Token = server
+        .post("/v1/tokens", &CreateToken { ttl_s: ttl })
+        .await?;
     output.answer(&token, || {
-        eprintln!("one agent can enrol with this until {}:", output::time(token.expires));
+        eprintln!(
+            "one agent can enrol with this until {}:",
+            output::time(token.expires)
+        );
         token.token.clone()
     });
     Ok(())
@@ -66,8 +73,10 @@ pub(super) async fn cert(
     let CertCommand::IssueAdmin { name, out } = command;
     let request = IssueAdmin { name };
     let identity: AdminIdentity = server.post("/v1/certificates/admin", &request).await?;
-    let pem =
-        format!("{}{}{}", identity.certificate_pem, identity.authority_pem, identity.key_pem);
+    let pem = format!(
+        "{}{}{}",
+        identity.certificate_pem, identity.authority_pem, identity.key_pem
+    );
     match out {
         None => output.answer(&identity, || pem),
         Some(path) => {
@@ -92,8 +101,11 @@ pub(super) async fn cert(
 }
 
 fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
@@ -127,11 +139,20 @@ pub(super) fn man(output: &Output) -> Result<(), AftError> {
     let failed = |error: io::Error| AftError::new(ErrorClass::Operator, error.to_string(), "");
     let mut command = Args::command();
     command.build();
-    clap_mangen::Man::new(command.clone()).render(&mut page).map_err(failed)?;
-    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
-        clap_mangen::Man::new(sub.clone()).render(&mut page).map_err(failed)?;
+    clap_mangen::Man::new(command.clone())
+        .render(&mut page)
+        .map_err(failed)?;
+    for sub in command
+        .get_subcommands()
+        .filter(|sub| sub.get_name() != "help")
+    {
+        clap_mangen::Man::new(sub.clone())
+            .render(&mut page)
+            .map_err(failed)?;
         for deeper in sub.get_subcommands().filter(|sub| sub.get_name() != "help") {
-            clap_mangen::Man::new(deeper.clone()).render(&mut page).map_err(failed)?;
+            clap_mangen::Man::new(deeper.clone())
+                .render(&mut page)
+                .map_err(failed)?;
         }
     }
     output.raw(&page);

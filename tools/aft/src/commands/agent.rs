@@ -29,7 +29,10 @@ pub(super) async fn run(
         AgentCommand::Revoke { agent } => {
             let agent = parse_agent(&agent)?;
             let () = server
-                .post(&format!("/v1/agents/{agent}/revoke"), &serde_json::Value::Null)
+                .post(
+                    &format!("/v1/agents/{agent}/revoke"),
+                    &serde_json::Value::Null,
+                )
                 .await?;
             output.answer(&agent, || format!("agent {agent} is revoked"));
         }
@@ -39,7 +42,11 @@ pub(super) async fn run(
 
 fn describe(status: &AgentStatus) -> String {
     let mut text = String::new();
-    let connection = if status.is_connected { "connected" } else { "not connected" };
+    let connection = if status.is_connected {
+        "connected"
+    } else {
+        "not connected"
+    };
     let reason = match status.reason.as_str() {
         "" => String::new(),
         reason => format!(": {}", output::printable(reason)),
@@ -71,13 +78,20 @@ fn table(agents: &[Agent]) -> String {
     }
     let mut table = Table::new(&["AGENT", "ENROLLED", "CERTIFICATE UNTIL", "MACHINES"]);
     for agent in agents {
-        let machines: Vec<String> =
-            agent.machines.iter().map(ToString::to_string).collect();
+        let machines: Vec<String> = agent.machines.iter().map(ToString::to_string).collect();
         table.row([
             agent.agent.to_string(),
             output::time(agent.enrolled),
-            if agent.is_revoked { "revoked".to_owned() } else { output::time(agent.expires) },
-            if machines.is_empty() { "-".to_owned() } else { machines.join(" ") },
+            if agent.is_revoked {
+                "revoked".to_owned()
+            } else {
+                output::time(agent.expires)
+            },
+            if machines.is_empty() {
+                "-".to_owned()
+            } else {
+                machines.join(" ")
+            },
         ]);
     }
     table.text()

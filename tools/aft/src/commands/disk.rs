@@ -39,18 +39,15 @@ pub(super) async fn run(
     }
 }
 
-async fn list(
-    machine: Option<String>,
-    server: &Client,
-    output: &Output,
-) -> Result<(), AftError> {
+async fn list(machine: Option<String>, server: &Client, output: &Output) -> Result<(), AftError> {
     let mut machines: Vec<MachineStatus> = server.get("/v1/machines").await?;
     if let Some(wanted) = machine {
-        let names: Vec<String> =
-            machines.iter().take(10).map(|machine| machine.name.clone()).collect();
-        machines.retain(|machine| {
-            machine.name == wanted || machine.machine.to_string() == wanted
-        });
+        let names: Vec<String> = machines
+            .iter()
+            .take(10)
+            .map(|machine| machine.name.clone())
+            .collect();
+        machines.retain(|machine| machine.name == wanted || machine.machine.to_string() == wanted);
         if machines.is_empty() {
             return Err(AftError::new(
                 ErrorClass::Refused,
@@ -66,8 +63,7 @@ async fn list(
 
 /// Disks of machines as a table.
 pub(super) fn table(machines: &[MachineStatus]) -> String {
-    let mut table =
-        Table::new(&["DISK", "SIZE", "STATE", "DONE", "FROM", "TO", "LSN", "WHY"]);
+    let mut table = Table::new(&["DISK", "SIZE", "STATE", "DONE", "FROM", "TO", "LSN", "WHY"]);
     for machine in machines {
         for disk in &machine.disks {
             let newest = disk.addressable.iter().max_by_key(|range| range.last_time);
@@ -84,7 +80,9 @@ pub(super) fn table(machines: &[MachineStatus]) -> String {
                 },
                 oldest.map_or("-".to_owned(), |range| output::time(range.first_time)),
                 newest.map_or("-".to_owned(), |range| output::time(range.last_time)),
-                newest.map_or("-".to_owned(), |range| format!("{}..{}", range.first, range.last)),
+                newest.map_or("-".to_owned(), |range| {
+                    format!("{}..{}", range.first, range.last)
+                }),
                 why(disk),
             ]);
         }
@@ -112,13 +110,22 @@ pub(super) fn phase(phase: Option<DiskPhase>) -> &'static str {
 
 async fn show(disk: &str, server: &Client, output: &Output) -> Result<(), AftError> {
     let (machine, name) = disk.split_once('/').ok_or_else(|| {
-        AftError::new(ErrorClass::Refused, format!("{disk:?} is no <machine>/<disk>"), "")
+        AftError::new(
+            ErrorClass::Refused,
+            format!("{disk:?} is no <machine>/<disk>"),
+            "",
+        )
     })?;
     let path = format!("/v1/machines/{}/disks", segment(machine));
     let disks: Vec<DiskStatus> = server.get(&path).await?;
-    let names: Vec<String> = disks.iter().take(10).map(|disk| disk.name.clone()).collect();
-    let found =
-        disks.into_iter().find(|found| found.name == name || found.disk.to_string() == name);
+    let names: Vec<String> = disks
+        .iter()
+        .take(10)
+        .map(|disk| disk.name.clone())
+        .collect();
+    let found = disks
+        .into_iter()
+        .find(|found| found.name == name || found.disk.to_string() == name);
     let found = found.ok_or_else(|| {
         AftError::new(
             ErrorClass::Refused,
@@ -144,7 +151,11 @@ fn describe(machine: &str, disk: &DiskStatus) -> String {
         } else {
             format!(": {}", output::printable(&disk.reason))
         },
-        if disk.has_copy { "whole" } else { "not whole yet" },
+        if disk.has_copy {
+            "whole"
+        } else {
+            "not whole yet"
+        },
     );
     if disk.total_bytes > 0 && disk.done_bytes < disk.total_bytes {
         let _always_ok = writeln!(
@@ -182,10 +193,21 @@ pub(super) fn tapped(disks: &[TappedDisk]) -> String {
     if disks.is_empty() {
         return "No disk is attached. `aft disk attach SOURCE` attaches one.\n".to_owned();
     }
-    let mut table =
-        Table::new(&["DISK", "SIZE", "SOURCE", "USE THIS DEVICE", "STATE", "DONE", "WHY"]);
+    let mut table = Table::new(&[
+        "DISK",
+        "SIZE",
+        "SOURCE",
+        "USE THIS DEVICE",
+        "STATE",
+        "DONE",
+        "WHY",
+    ]);
     for disk in disks {
-        let state = if disk.is_protected { phase(disk.phase) } else { "not protected" };
+        let state = if disk.is_protected {
+            phase(disk.phase)
+        } else {
+            "not protected"
+        };
         let is_moving = matches!(disk.phase, Some(DiskPhase::Initial | DiskPhase::Resync));
         table.row([
             disk.name.clone(),
@@ -218,9 +240,16 @@ async fn attach(
             (!stem.is_empty()).then(|| stem.to_owned())
         })
         .ok_or_else(|| {
-            AftError::new(ErrorClass::Refused, "the disk needs a name", "give one with --name")
+            AftError::new(
+                ErrorClass::Refused,
+                "the disk needs a name",
+                "give one with --name",
+            )
         })?;
-    let request = AttachDisk { source: absolute.display().to_string(), name };
+    let request = AttachDisk {
+        source: absolute.display().to_string(),
+        name,
+    };
     let disk: TappedDisk = agent.post("/v1/disks", &request).await?;
     output.answer(&disk, || {
         format!(
@@ -231,12 +260,7 @@ async fn attach(
     Ok(())
 }
 
-async fn protect(
-    name: &str,
-    wait: bool,
-    agent: &Client,
-    output: &Output,
-) -> Result<(), AftError> {
+async fn protect(name: &str, wait: bool, agent: &Client, output: &Output) -> Result<(), AftError> {
     let path = format!("/v1/disks/{}/protect", segment(name));
     let answer: serde_json::Value = agent.post(&path, &ProtectDisk {}).await?;
     if wait {

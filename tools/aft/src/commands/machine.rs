@@ -52,8 +52,11 @@ pub(super) async fn named_or_only(
     if let [machine] = machines.as_slice() {
         return Ok(machine.machine.to_string());
     }
-    let names: Vec<&str> =
-        machines.iter().take(10).map(|machine| machine.name.as_str()).collect();
+    let names: Vec<&str> = machines
+        .iter()
+        .take(10)
+        .map(|machine| machine.name.as_str())
+        .collect();
     Err(match names.as_slice() {
         [] => AftError::new(
             ErrorClass::Refused,

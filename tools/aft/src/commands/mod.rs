@@ -30,9 +30,10 @@ pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
         Command::Agent(command) => agent::run(command, &server, &agent, output).await,
         Command::Point(command) => point::run(command, &server, output).await,
         Command::Mount(mount) => mount::mount(mount, &server, output).await,
-        Command::Umount { target, drop_branch } => {
-            mount::umount(&target, drop_branch, &server, output).await
-        }
+        Command::Umount {
+            target,
+            drop_branch,
+        } => mount::umount(&target, drop_branch, &server, output).await,
         Command::Mounts => mount::mounts(&server, output).await,
         Command::Log(command) => admin::log(command, &server, output).await,
         Command::Token(command) => admin::token(command, &server, output).await,

@@ -47,7 +47,10 @@ fn describe(mount: &Mount) -> String {
         "{place}: {what}{} at LSN {}{} · device after {}, all after {}\n",
         mount.reference,
         mount.lsn,
-        mount.filesystem.as_ref().map_or(String::new(), |kind| format!(", {kind}")),
+        mount
+            .filesystem
+            .as_ref()
+            .map_or(String::new(), |kind| format!(", {kind}")),
         output::span(mount.device_ms),
         output::span(mount.total_ms),
     );
@@ -75,8 +78,15 @@ fn table(mounts: &[Mount]) -> String {
     if mounts.is_empty() {
         return "There are no mounts.\n".to_owned();
     }
-    let mut table =
-        Table::new(&["NUMBER", "STATE", "LSN", "DEVICE", "DIRECTORY", "FILE SYSTEM", "KIND"]);
+    let mut table = Table::new(&[
+        "NUMBER",
+        "STATE",
+        "LSN",
+        "DEVICE",
+        "DIRECTORY",
+        "FILE SYSTEM",
+        "KIND",
+    ]);
     for mount in mounts {
         table.row([
             mount.id.to_string(),
@@ -85,7 +95,12 @@ fn table(mounts: &[Mount]) -> String {
             mount.device.clone(),
             mount.directory.clone().unwrap_or_else(|| "-".to_owned()),
             mount.filesystem.clone().unwrap_or_else(|| "-".to_owned()),
-            if mount.is_branch { "branch" } else { "private copy" }.to_owned(),
+            if mount.is_branch {
+                "branch"
+            } else {
+                "private copy"
+            }
+            .to_owned(),
         ]);
     }
     table.text()
@@ -111,7 +126,12 @@ pub(super) async fn umount(
             "`aft mounts` lists them",
         )
     })?;
-    let () = server.delete(&format!("/v1/mounts/{}?drop_branch={drop_branch}", mount.id)).await?;
+    let () = server
+        .delete(&format!(
+            "/v1/mounts/{}?drop_branch={drop_branch}",
+            mount.id
+        ))
+        .await?;
     output.answer(&mount.id, || match (mount.is_branch, drop_branch) {
         (true, false) => format!(
             "mount {} has ended; its branch stays as history {}",

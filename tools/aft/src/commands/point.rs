@@ -31,13 +31,21 @@ pub(super) async fn run(
                 )
             });
         }
-        PointCommand::List { machine, after, limit } => {
+        PointCommand::List {
+            machine,
+            after,
+            limit,
+        } => {
             let machine = named_or_only(machine, server).await?;
             let points = list(&machine, after, limit, server).await?;
             output.answer(&points, || table(&points));
         }
         PointCommand::Delete { machine, name } => {
-            let path = format!("/v1/machines/{}/points/{}", segment(&machine), segment(&name));
+            let path = format!(
+                "/v1/machines/{}/points/{}",
+                segment(&machine),
+                segment(&name)
+            );
             let () = server.delete(&path).await?;
             output.answer(&name, || format!("point {name} is deleted"));
         }
@@ -53,16 +61,23 @@ async fn list(
 ) -> Result<Points, AftError> {
     let machine = segment(machine);
     let mut after = after;
-    let mut all = Points { points: Vec::new(), total: 0 };
+    let mut all = Points {
+        points: Vec::new(),
+        total: 0,
+    };
     loop {
-        let missing = limit.map_or(PAGE, |limit| limit - all.points.len()).min(PAGE);
+        let missing = limit
+            .map_or(PAGE, |limit| limit - all.points.len())
+            .min(PAGE);
         if missing == 0 {
             return Ok(all);
         }
         let path = format!("/v1/machines/{machine}/points?after={after}&limit={missing}");
         let page: Points = server.get(&path).await?;
         all.total = page.total;
-        let Some(last) = page.points.last().map(|point| point.id.0) else { return Ok(all) };
+        let Some(last) = page.points.last().map(|point| point.id.0) else {
+            return Ok(all);
+        };
         all.points.extend(page.points);
         if last <= after {
             return Ok(all);

@@ -22,7 +22,11 @@ pub(super) async fn wait_for_copy(
     agent: &Client,
     output: &Output,
 ) -> Result<TappedDisk, AftError> {
-    let mut drawn = Drawn { is_lively: output.is_lively(), looks: 0, last: String::new() };
+    let mut drawn = Drawn {
+        is_lively: output.is_lively(),
+        looks: 0,
+        last: String::new(),
+    };
     let result = tokio::select! {
         result = poll(name, agent, &mut drawn) => result,
         _ = tokio::signal::ctrl_c() => Err(AftError::new(
@@ -38,17 +42,25 @@ pub(super) async fn wait_for_copy(
 async fn poll(name: &str, agent: &Client, drawn: &mut Drawn) -> Result<TappedDisk, AftError> {
     loop {
         let status: AgentStatus = agent.get("/v1/status").await?;
-        let disk = status.disks.into_iter().find(|disk| disk.name == name).ok_or_else(|| {
-            AftError::new(
-                ErrorClass::Refused,
-                format!("disk {name} was detached meanwhile"),
-                "`aft disk list --local` shows the attached disks",
-            )
-        })?;
+        let disk = status
+            .disks
+            .into_iter()
+            .find(|disk| disk.name == name)
+            .ok_or_else(|| {
+                AftError::new(
+                    ErrorClass::Refused,
+                    format!("disk {name} was detached meanwhile"),
+                    "`aft disk list --local` shows the attached disks",
+                )
+            })?;
         if disk.phase == Some(DiskPhase::Protected) {
             return Ok(disk);
         }
-        let trouble = if status.is_connected { String::new() } else { status.reason };
+        let trouble = if status.is_connected {
+            String::new()
+        } else {
+            status.reason
+        };
         drawn.draw(&line(&disk, &trouble));
         tokio::time::sleep(LOOK_EVERY).await;
     }
@@ -66,10 +78,13 @@ fn line(disk: &TappedDisk, trouble: &str) -> String {
         ));
     }
     if disk.rate_bytes > 0 && disk.total_bytes > disk.done_bytes {
-        let left_ms = u128::from(disk.total_bytes - disk.done_bytes) * 1000
-            / u128::from(disk.rate_bytes);
+        let left_ms =
+            u128::from(disk.total_bytes - disk.done_bytes) * 1000 / u128::from(disk.rate_bytes);
         let left = output::span(u64::try_from(left_ms).unwrap_or(u64::MAX));
-        text.push_str(&format!(", {}/s, {left} left", output::bytes(disk.rate_bytes)));
+        text.push_str(&format!(
+            ", {}/s, {left} left",
+            output::bytes(disk.rate_bytes)
+        ));
     }
     for why in [disk.reason.as_str(), trouble] {
         if !why.is_empty() {
@@ -137,7 +152,14 @@ mod tests {
             line(&disk(), ""),
             "data: first copy, 256.0 MiB of 1.0 GiB (25 %), 64.0 MiB/s, 12.0 s left"
         );
-        let stalled = TappedDisk { rate_bytes: 0, total_bytes: 0, ..disk() };
-        assert_eq!(line(&stalled, "not connected"), "data: first copy; not connected");
+        let stalled = TappedDisk {
+            rate_bytes: 0,
+            total_bytes: 0,
+            ..disk()
+        };
+        assert_eq!(
+            line(&stalled, "not connected"),
+            "data: first copy; not connected"
+        );
     }
 }

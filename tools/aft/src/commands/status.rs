@@ -16,7 +16,11 @@ pub(super) async fn status(server: &Client, output: &Output) -> Result<(), AftEr
 
 fn text(status: &ServerStatus) -> String {
     let mut text = String::new();
-    let ingest = if status.is_ingest_paused { "ingest is paused" } else { "ingest is open" };
+    let ingest = if status.is_ingest_paused {
+        "ingest is paused"
+    } else {
+        "ingest is open"
+    };
     let _always_ok = writeln!(
         text,
         "{} · afterimaged {} · {} stored, {} free · {ingest} · {}\n",
@@ -45,13 +49,26 @@ fn text(status: &ServerStatus) -> String {
 /// Machines as a table.
 pub(super) fn machines(machines: &[MachineStatus]) -> String {
     let mut table = Table::new(&[
-        "MACHINE", "AGENT", "RPO", "CAPTURE", "LINK", "CACHE", "APPLY", "DURABLE LSN", "POINTS",
+        "MACHINE",
+        "AGENT",
+        "RPO",
+        "CAPTURE",
+        "LINK",
+        "CACHE",
+        "APPLY",
+        "DURABLE LSN",
+        "POINTS",
         "EPOCH",
     ]);
     for machine in machines {
         table.row([
             machine.name.clone(),
-            if machine.is_connected { "connected" } else { "away" }.to_owned(),
+            if machine.is_connected {
+                "connected"
+            } else {
+                "away"
+            }
+            .to_owned(),
             output::maybe_span(machine.rpo_ms),
             output::maybe_span(machine.lag.capture_ms),
             output::maybe_span(machine.lag.link_ms),
