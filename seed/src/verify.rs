@@ -133,6 +133,12 @@ impl Check<'_> {
             match item {
                 Ok(commit) => {
                     self.found.slots += u64::from(commit.header.slot_count);
+                    for (frame, slot) in &commit.damaged {
+                        let at = commit.frames.get(*frame).copied().unwrap_or(0);
+                        let history = scan.frame(at).map(|frame| frame.header.identity.history);
+                        let hurts = history.map(|history| (history, slot.lsn));
+                        self.damaged(at, slot.damage.clone(), hurts);
+                    }
                 }
                 // Beyond the last commit of the active segment there are zeroes or a void tail.
                 Err(stop) if stop.resumed.is_none() && footer.is_none() => {}

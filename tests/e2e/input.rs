@@ -68,7 +68,8 @@ fn certificates_that_are_revoked_or_foreign() {
     site.start(Daemon::Agent);
     wait_until(20, "the agent says why it is not connected", || {
         let status = site.aft(&["agent", "status"]);
-        let is_told = status["is_connected"] == false && status["reason"] != "";
+        let reason = status["reason"].to_string();
+        let is_told = status["is_connected"] == false && reason.contains("revoked");
         holds(is_told, || status.to_string())
     });
     println!("{}", site.aft(&["agent", "status"])["reason"]);
@@ -153,7 +154,7 @@ fn references_that_do_not_exist() {
     refuse("n/d@latest", &["\"n\"", "m"]);
     refuse("m/d@lsn:99999999", &["99999999", "lsn:"]);
     refuse("m/d@1999-01-01T00:00:00Z", &["nearest"]);
-    refuse("no reference", &["<machine>/<disk>@<when>"]);
+    refuse("no reference", &["machine/disk@name"]);
     let output = site.try_aft(&["umount", "77"]);
     assert_says(&output, 3, &["aft mounts"]);
     let output = site.try_aft(&["mount"]);
@@ -168,7 +169,7 @@ fn a_mount_directory_that_is_busy() {
     fs::create_dir(&directory).expect("the directory is made");
     fs::write(directory.join("file"), "mine").expect("a file is in it");
     let output = site.try_aft(&["mount", "m/d@latest", text(&directory)]);
-    assert_says(&output, 4, &["busy"]);
+    assert_says(&output, 3, &["not empty", "empty directory"]);
     assert_eq!(
         fs::read(directory.join("file")).ok().as_deref(),
         Some(&b"mine"[..])
@@ -176,7 +177,7 @@ fn a_mount_directory_that_is_busy() {
     let free = site.path("free");
     let mount = site.aft(&["mount", "m/d@latest", text(&free)]);
     let output = site.try_aft(&["mount", "m/d@latest", text(&free)]);
-    assert_says(&output, 4, &["free"]);
+    assert_says(&output, 3, &["free", "busy"]);
     // A file that is open keeps the mount; then it ends.
     let open = fs::File::open(free.join("lost+found")).expect("the directory opens");
     let output = site.try_aft(&["umount", &mount["id"].to_string()]);
@@ -212,7 +213,7 @@ fn a_data_directory_that_is_in_use_or_of_a_newer_format() {
     // Bytes 60 to 63 of an SQLite file are its user version, big-endian.
     newer[60..64].copy_from_slice(&[0, 0, 0, 99]);
     fs::write(&catalogue, &newer).expect("it is written");
-    assert_says(&run_server(&site), 4, &["99", "newer"]);
+    assert_says(&run_server(&site), 4, &["99", "this release knows up to"]);
     fs::write(&catalogue, &before).expect("it is written back");
     let manifests: Vec<_> = fs::read_dir(site.data.join("manifest"))
         .expect("the directory is there")
@@ -265,7 +266,7 @@ fn without_root_fuse_or_loop() {
     site.start(Daemon::Server);
     site.enrol();
     let output = run_with(&site, "mount -t tmpfs none /dev", Daemon::Agent);
-    assert_says(&output, 1, &["FUSE"]);
+    assert_says(&output, 1, &["/dev/fuse", "modprobe fuse"]);
     site.start(Daemon::Agent);
     site.wait_connected();
     let source = site.path("source.img");

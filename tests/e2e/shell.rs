@@ -211,6 +211,7 @@ pub(crate) fn fio_verify(device: &Path, bs: u32, depth: u32, mib: u32) {
         "--verify=crc32c".to_owned(),
         "--do_verify=1".to_owned(),
         "--verify_fatal=1".to_owned(),
+        "--verify_state_save=0".to_owned(),
         format!("--randseed={}", 77 + depth),
         "--output-format=terse".to_owned(),
     ];

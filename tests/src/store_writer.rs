@@ -17,6 +17,8 @@ use afterimage_seed::engine::StreamNumber;
 use crate::store_model::{Bulk, Change, History, Model, Record, content};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
+/// Bytes at which a frame is long enough; a segment of a small log must have room for it.
+const FRAME_BYTES: usize = 64 << 10;
 
 /// A disk of a writer.
 pub struct WriterDisk {
@@ -229,6 +231,7 @@ impl Writer {
     /// Goes on in a history of its own.
     pub fn rescue(&mut self, parent: HistoryId, fork: Lsn, model: &mut Model) {
         self.kept.clear();
+        self.stream = None;
         self.history = HistoryId(identity(&mut self.random));
         self.parent = Some((parent, fork));
         self.last = fork;
@@ -258,6 +261,9 @@ impl Writer {
         }
         let count = 1 + self.random.below(records_max);
         for _ in 0..count {
+            if builder.len() > FRAME_BYTES {
+                break;
+            }
             let record = self.next_record(&mut builder);
             made.push(record);
         }

@@ -2,11 +2,38 @@
 
 use std::path::PathBuf;
 
+use afterimage_blockdev::ErrorClass;
 use clap::{Parser, Subcommand};
+
+use crate::error::AgentError;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or stopped in order
+  1  failed, and may work at another try
+  2  wrong command line or configuration
+  3  refused: the same command will be refused again, or another agent runs
+  4  a person must act: not root, not enrolled, no FUSE
+  6  the state directory is damaged
+
+Log messages go to standard error; AFTERIMAGE_LOG sets their level, as in AFTERIMAGE_LOG=debug.";
+
+/// What the process ends with.
+#[must_use]
+pub fn exit_code(error: &AgentError) -> u8 {
+    match (error, error.class()) {
+        (AgentError::Config { .. }, _) => 2,
+        (AgentError::Locked { .. } | AgentError::AlreadyEnrolled { .. }, _) => 3,
+        (_, ErrorClass::Retry) => 1,
+        (_, ErrorClass::Refused | ErrorClass::Fenced) => 3,
+        (_, ErrorClass::Operator) => 4,
+        (_, ErrorClass::Corrupt) => 6,
+    }
+}
 
 /// Captures every write of this machine's disks and sends them to an appliance.
 #[derive(Parser, Debug)]
-#[command(name = "afterimage-agent", version, about)]
+#[command(name = "afterimage-agent", version, about, after_help = EXIT_CODES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -16,7 +43,7 @@ pub struct Cli {
 /// What to do.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Makes this agent known to an appliance, with a token from `aft machine token`.
+    /// Makes this agent known to an appliance, with a token from `aft token create`.
     Enrol(EnrolArgs),
     /// Runs the agent.
     Run(RunArgs),

@@ -89,8 +89,10 @@ pub struct SpoolConfig {
     pub bytes_max: u64,
     /// Bytes of one file.
     pub file_bytes: u64,
-    /// Bytes read ahead of the connection.
+    /// Bytes read ahead of the connection, and bytes on their way to the disk.
     pub read_ahead_bytes: usize,
+    /// A spool that writes nothing for so long is given up.
+    pub stall_ms: u64,
 }
 
 /// The connection.
@@ -183,6 +185,7 @@ impl Default for SpoolConfig {
             bytes_max: 0,
             file_bytes: 64 << 20,
             read_ahead_bytes: 16 << 20,
+            stall_ms: 10_000,
         }
     }
 }

@@ -107,7 +107,11 @@ impl Draft {
             Payload::Data(bytes) => bytes.len(),
             Payload::Note(note) => note.len(),
         };
-        if self.disk.is_some() { payload + RECORD_OVERHEAD } else { 0 }
+        if self.disk.is_some() {
+            payload + RECORD_OVERHEAD
+        } else {
+            0
+        }
     }
 }
 
@@ -301,6 +305,7 @@ impl Order {
         state.is_flowing = false;
         state.identity = identity;
         state.next = state.next.max(next);
+        state.previous.fill(Lsn::ZERO);
         state.queue.clear();
         state.times.clear();
         core::mem::take(&mut state.queue_bytes)
@@ -310,6 +315,12 @@ impl Order {
     #[must_use]
     pub fn identity(&self) -> FrameIdentity {
         self.state.lock().identity
+    }
+
+    /// Says whether LSNs are left to give out.
+    #[must_use]
+    pub fn has_lsns(&self) -> bool {
+        self.state.lock().has_lsns()
     }
 
     /// Takes over a durable reservation.

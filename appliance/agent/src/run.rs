@@ -27,6 +27,9 @@ const RENEW_LOOK: Duration = Duration::from_secs(3600);
 /// How soon a failed renewal is tried again.
 const RENEW_RETRY: Duration = Duration::from_secs(60);
 
+/// How long the connection may take to end in order.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+
 fn runtime() -> Result<tokio::runtime::Runtime, AgentError> {
     Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
@@ -142,9 +145,11 @@ async fn serve(machine: &Arc<Machine>, socket: ControlSocket, entropy: Arc<dyn E
     {
         tracing::error!("the orderly stop failed");
     }
-    for task in [link, renewal] {
-        task.abort();
+    machine.begin_stop();
+    if tokio::time::timeout(CLOSE_WAIT, link).await.is_err() {
+        tracing::debug!("the connection did not end in time");
     }
+    renewal.abort();
     control.abort();
 }
 

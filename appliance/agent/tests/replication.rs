@@ -75,7 +75,10 @@ fn a_disk_is_copied_while_it_is_written() {
             while !is_over.load(Ordering::SeqCst) {
                 let offset = (number * 7919 % (64 * MIB / 4096 - 4)) * 4096;
                 direct
-                    .write(offset, &pattern(number, 4096 * (1 + usize::try_from(number % 4).unwrap())))
+                    .write(
+                        offset,
+                        &pattern(number, 4096 * (1 + usize::try_from(number % 4).unwrap())),
+                    )
                     .unwrap();
                 number += 1;
             }
@@ -308,5 +311,129 @@ fn two_disks_share_one_order_and_one_can_go() {
     if agent.machine.disk_named("two").is_some() {
         assert_equal(&scene.appliance, &agent, "two", &two);
     }
+    agent.stop();
+}
+
+/// The appliance came back from an older image: what it had acknowledged is not there any more.
+#[test]
+fn an_appliance_that_was_set_back_is_brought_to_equality() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 32 * MIB);
+    let agent = scene.agent();
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    let mut direct = Direct::open(&device);
+    direct.write(MIB, &pattern(1, 1 << 16)).unwrap();
+    agent.caught_up();
+    scene.appliance.drop_connections();
+    {
+        let mut replica = scene.appliance.replica.lock();
+        let disk = replica.disks.values_mut().next().unwrap();
+        disk.bytes[MIB as usize..2 * MIB as usize].fill(0);
+        replica.durable = afterimage_blockdev::Lsn(2);
+        replica.highest = replica.durable;
+    }
+    let before = agent.machine.status().epoch;
+    until("a new epoch", || agent.machine.status().epoch > before);
+    direct.write(9 * MIB, &pattern(2, 1 << 16)).unwrap();
+    drop(direct);
+    agent.protected("data");
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    agent.stop();
+}
+
+/// The agent came back from an older image: its counters and marks are of yesterday.
+#[test]
+fn an_agent_that_was_set_back_gives_no_lsn_out_twice() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 32 * MIB);
+    let agent = scene.agent();
+    agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    agent.stop();
+    let copy = scene.root.path().join("copy");
+    let duplicate = |from: &Path, to: &Path| {
+        let status = std::process::Command::new("cp")
+            .arg("-a")
+            .arg(from)
+            .arg(to)
+            .status()
+            .unwrap();
+        assert!(status.success());
+    };
+    duplicate(&scene.state_dir, &copy);
+    let yesterday = std::fs::read(&source).unwrap();
+    let agent = scene.agent();
+    agent.connected();
+    let mut direct = Direct::open(&agent.device("data"));
+    direct.write(5 * MIB, &pattern(5, 1 << 16)).unwrap();
+    drop(direct);
+    agent.caught_up();
+    agent.stop();
+    std::fs::remove_dir_all(&scene.state_dir).unwrap();
+    duplicate(&copy, &scene.state_dir);
+    std::fs::write(&source, yesterday).unwrap();
+    let highest = scene.appliance.replica.lock().highest;
+    let agent = scene.agent();
+    agent.connected();
+    agent.protected("data");
+    agent.caught_up();
+    assert!(agent.machine.status().captured > highest);
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    agent.stop();
+}
+
+/// The spool's disk fails under what lies in it: a new epoch compares what was marked.
+#[test]
+fn a_lost_spool_costs_a_bounded_comparison() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 128 * MIB);
+    let mut config = quick_config(scene.root.path());
+    config.pipeline.captured_bytes_max = 8 << 20;
+    config.pipeline.sealed_bytes_max = 2 << 20;
+    config.spool.read_ahead_bytes = 2 << 20;
+    let agent = Agent::start(&scene.state_dir, config);
+    let device = agent.attach(&source, "data");
+    agent.connected();
+    agent.machine.protect("data").unwrap();
+    agent.protected("data");
+    scene.appliance.cut();
+    until("the cut", || !agent.machine.is_streaming());
+    let mut direct = Direct::open(&device);
+    for number in 0..24 {
+        direct
+            .write(number * MIB, &pattern(number, 1 << 20))
+            .unwrap();
+    }
+    until("the spool", || {
+        agent.machine.status().spooled_bytes > 16 << 20
+    });
+    until("quiet", || agent.machine.status().buffered_bytes < 4 << 20);
+    for entry in std::fs::read_dir(scene.state_dir.join("spool/frames")).unwrap() {
+        let path = entry.unwrap().path();
+        let length = path.metadata().unwrap().len();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        for at in (0..length).step_by(1 << 18) {
+            std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 8192], at).unwrap();
+        }
+    }
+    let before = agent.machine.status().epoch;
+    scene.appliance.heal();
+    until("a new epoch", || agent.machine.status().epoch > before);
+    direct.write(100 * MIB, &pattern(7, 4096)).unwrap();
+    drop(direct);
+    agent.protected("data");
+    agent.caught_up();
+    assert_equal(&scene.appliance, &agent, "data", &source);
+    let asked = scene.appliance.replica.lock().blocks_asked * 4096;
+    assert!(
+        asked > 0 && asked <= 64 * MIB,
+        "{asked} bytes were compared"
+    );
     agent.stop();
 }

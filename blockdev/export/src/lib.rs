@@ -26,5 +26,5 @@ pub use fuse::{FuseMount, FuseOptions, ListedNode, Node, NodeId, NodeKind, Tree,
 pub use loop_device::{LoopDevice, LoopOptions};
 pub use mount::{is_mount_point, mount_filesystem, unmount};
 pub use probe::{Found, FsKind};
-pub use stale::{detach_stale, detach_stale_under};
+pub use stale::{StaleDevice, detach_stale, detach_stale_under, release_stale_under};
 pub use sys::set_io_flusher;

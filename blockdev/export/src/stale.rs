@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::error::ExportError;
 use crate::loop_device::{LoopDevice, detach_binding, device_numbers, node_path};
-use crate::{mount_table, sys};
+use crate::{ioctl, mount_table, sys};
 
 /// Dead mounts on top of each other that are taken away, at most.
 const STACKED_MAX: usize = 16;
@@ -64,6 +64,56 @@ pub fn detach_stale_under(mountpoint: &Path) -> Result<Detached, ExportError> {
         detached.devices.push(node_path(entry.number));
     }
     Ok(detached)
+}
+
+/// A device of a dead daemon that somebody still uses.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StaleDevice {
+    /// The device.
+    pub device: PathBuf,
+    /// The file behind it.
+    pub backing: PathBuf,
+    /// Where it is mounted; empty when something else uses it.
+    pub directories: Vec<PathBuf>,
+}
+
+/// Lets go of every loop device over a file below `mountpoint`, and unmounts nothing: a free device
+/// goes now, one in use with its last user. Returns those in use. Only for a tree whose server is
+/// dead.
+///
+/// # Errors
+/// When the devices or mounts of the machine cannot be listed.
+pub fn release_stale_under(mountpoint: &Path) -> Result<Vec<StaleDevice>, ExportError> {
+    let directory = mount_table::absolute(mountpoint)?;
+    let mut in_use = Vec::new();
+    for entry in LoopDevice::list()? {
+        if !mount_table::is_under(&entry.backing, &directory) {
+            continue;
+        }
+        let device = node_path(entry.number);
+        let numbers = device_numbers(entry.number);
+        match detach_binding(entry.binding, Duration::ZERO) {
+            Ok(()) => continue,
+            Err(error) => tracing::debug!(%error, "a dead device stays until it is free"),
+        }
+        if let Err(error) = clear_when_free(&device) {
+            tracing::warn!(%error, device = %device.display(), "a dead device stays");
+        }
+        let mut mounts = mount_table::read()?;
+        mounts.retain(|mount| numbers.contains(&mount.device));
+        let directories = mounts.into_iter().map(|mount| mount.directory).collect();
+        in_use.push(StaleDevice {
+            device,
+            backing: entry.backing,
+            directories,
+        });
+    }
+    Ok(in_use)
+}
+
+/// Makes a device that is in use go with its last user.
+fn clear_when_free(device: &Path) -> std::io::Result<()> {
+    ioctl::clear_loop(&std::fs::File::open(device)?)
 }
 
 /// Unmounts at once when free, otherwise with the last user.

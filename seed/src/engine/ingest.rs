@@ -328,6 +328,13 @@ impl Engine {
         out.push(Output::Event(Event::Over { stream, end }));
     }
 
+    /// Says whether an empty segment of the log has room for a frame, its commit and its directory.
+    fn fits_segment(&self, header: &afterimage_cache::FrameHeader) -> bool {
+        let sealed = afterimage_cache::segment::Directory::sealed_bytes(header.slot_count);
+        let around = 3 * afterimage_cache::segment::SECTOR as u64;
+        header.frame_len() as u64 + sealed + around <= self.options.segment_bytes
+    }
+
     /// Takes a frame whose hashes were verified.
     pub(super) fn frame(&mut self, stream: StreamNumber, frame: Frame, out: &mut Vec<Output>) {
         let Some(open) = self.streams.get(&stream) else {
@@ -342,7 +349,8 @@ impl Engine {
         let is_of_stream = identity.machine == open.machine
             && identity.history == open.history
             && identity.epoch <= open.epoch
-            && !header.is_bulk;
+            && !header.is_bulk
+            && self.fits_segment(&header);
         let Some(entry) = self
             .histories
             .get_mut(&open.history)

@@ -38,7 +38,7 @@ use afterimage_blockdev::{
     SegmentId, Storage, StorageCompletion, StorageOp, StoreId, Timestamp, Token,
 };
 use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
-use afterimage_cache::{DiskKey, Frame, KeySource};
+use afterimage_cache::{Damage, DiskKey, Frame, KeySource};
 use parking_lot::RwLock;
 
 use crate::error::SeedError;
@@ -513,6 +513,10 @@ impl Engine {
         entropy: Arc<dyn Entropy>,
     ) -> Self {
         let now = clock.monotonic();
+        // A mark that an earlier engine asked for may still come, and must answer nobody's request.
+        let mut first_mark = [0; 8];
+        entropy.fill(&mut first_mark);
+        let next_mark = u64::from_le_bytes(first_mark) >> 1;
         Self {
             next_crash_mark: now.after(options.crash_mark_interval),
             log: Log::new(LogOptions::new("log", StoreId::NIL)),
@@ -542,7 +546,7 @@ impl Engine {
             next_run: 1,
             next_point: 1,
             next_serial: 1,
-            next_mark: 1,
+            next_mark,
             marks: BTreeMap::new(),
             seed_segments: BTreeMap::new(),
             base_through: SegmentId(0),
@@ -754,9 +758,20 @@ impl Engine {
             }
             AfterCommit::Bulk(segment) => self.bulk_committed(segment, out),
             AfterCommit::Flush => self.flush_committed(out),
-            AfterCommit::Reply(request, response) => {
+            AfterCommit::Reply(request, mut response) => {
+                if let Response::Stream(opened) = &mut *response {
+                    self.renew(opened);
+                }
                 out.push(Output::Reply(request, Ok(*response)));
             }
+        }
+    }
+
+    /// Brings what is told of a stream up to date: the commit took a while.
+    fn renew(&self, opened: &mut OpenedStream) {
+        let stream = self.streams.get(&opened.stream);
+        if let Some(entry) = stream.and_then(|open| self.histories.get(&open.history)) {
+            opened.durable = entry.durable;
         }
     }
 
@@ -893,9 +908,13 @@ impl Engine {
                 offset,
                 damage,
             } => {
-                self.note_damage(format!(
-                    "log segment {segment} at {offset}: {damage}; nothing was lost by it"
-                ));
+                let text = format!("log segment {segment} at {offset}: {damage}; mended");
+                // A crash while a segment was sealed leaves the same as damage of its end.
+                if is_of_segment_end(&damage) {
+                    tracing::warn!("{text}");
+                } else {
+                    self.note_damage(text);
+                }
             }
             LogOutput::Lost {
                 segment,
@@ -949,5 +968,14 @@ impl Engine {
         } else {
             wanted
         }
+    }
+}
+
+fn is_of_segment_end(damage: &Damage) -> bool {
+    match damage {
+        Damage::Hash { structure } | Damage::Short { structure } | Damage::Field { structure, .. } => {
+            matches!(*structure, "log segment directory" | "log segment footer")
+        }
+        _ => false,
     }
 }

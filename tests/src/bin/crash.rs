@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use afterimage_tests::{crash_log, crash_store, flip_log};
 
-const USAGE: &str = "usage: crash log|store|flip|smash [--seed N] [--count M]";
+const USAGE: &str = "usage: crash log|store|store-fault|flip|smash [--seed N] [--count M]";
 
 fn number(arguments: &[String], name: &str, otherwise: u64) -> Result<u64, String> {
     let Some(place) = arguments.iter().position(|argument| argument == name) else {
@@ -30,6 +30,10 @@ fn run(arguments: &[String]) -> Result<(), String> {
             crash_store::crash_campaign(seed, count),
             crash_store::MUST_OCCUR,
         ),
+        Some("store-fault") => (
+            crash_store::fault_campaign(seed, count),
+            crash_store::FAULT_MUST_OCCUR,
+        ),
         Some("flip") => (flip_log::flip_campaign(seed, count), flip_log::MUST_OCCUR),
         Some("smash") => (
             flip_log::smash_campaign(seed, count),
@@ -52,6 +56,15 @@ fn run(arguments: &[String]) -> Result<(), String> {
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let name = arguments.first().cloned().unwrap_or_default();
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        before(info);
+        let seed = crash_store::seed_in_hand();
+        if seed > 0 {
+            eprintln!("replay with: crash {name} --seed {seed} --count 1");
+        }
+    }));
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

@@ -15,10 +15,12 @@
 
 mod branch;
 mod check;
+mod fault;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use afterimage_blockdev::simulated::{
@@ -33,6 +35,8 @@ use crate::store_model::{Model, Point};
 use crate::store_rig::{StoreRig, small_store};
 use crate::store_writer::Writer;
 use branch::BranchRun;
+
+pub use fault::{FAULT_MUST_OCCUR, FAULT_REGRESSIONS, fault_campaign, fault_seed};
 
 
 /// Events without which a campaign proves too little.
@@ -99,31 +103,25 @@ pub fn crash_campaign(seed_from: u64, count: u64) -> Report {
     report
 }
 
+/// The seed that is being checked, for the message of a check that fails.
+static SEED: AtomicU64 = AtomicU64::new(0);
+
+/// The seed that is being checked.
+#[must_use]
+pub fn seed_in_hand() -> u64 {
+    SEED.load(Ordering::Relaxed)
+}
+
 /// Checks the images of one seed.
 ///
 /// # Panics
 /// As [`crash_campaign`].
 #[must_use]
 pub fn crash_seed(seed: u64) -> Report {
+    SEED.store(seed, Ordering::Relaxed);
     let mut campaign = Campaign::new(seed);
-    let _says = SaySeed { seed, command: "store" };
     campaign.run();
     campaign.report
-}
-
-/// Says how to replay when a check fails.
-struct SaySeed {
-    seed: u64,
-    command: &'static str,
-}
-
-impl Drop for SaySeed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let Self { seed, command } = self;
-            eprintln!("replay with: crash {command} --seed {seed} --count 1");
-        }
-    }
 }
 
 /// What an answer is waited for.
@@ -158,6 +156,8 @@ struct Campaign {
     writers: Vec<Writer>,
     waiting: HashMap<RequestId, Waiting>,
     next_point: u64,
+    /// Operations of the medium may fail now.
+    is_faulty: bool,
     report: Report,
 }
 
@@ -185,6 +185,7 @@ impl Campaign {
             writers,
             waiting: HashMap::new(),
             next_point: 1,
+            is_faulty: false,
             report: Report::default(),
         }
     }
@@ -202,6 +203,10 @@ impl Campaign {
                 self.cut(&storage);
                 continue;
             };
+            for machine in 0..self.writers.len() {
+                self.writers[machine].stream = None;
+                self.restart_writer(machine, 0.4);
+            }
             let operations = rig.storage.operations() + 1 + self.random.below(400);
             rig.storage.stop_after(Some(operations));
             self.work(&mut rig);

@@ -110,8 +110,19 @@ impl Campaign {
             let Some(answer) = rig.ask(request) else { return false };
             let declared = match answer {
                 Ok(Response::Disk(declared)) => declared,
-                other => panic!("seed {}: {other:?} for a disk", self.seed),
+                other => {
+                    if std::env::var("DEBUG_STORE").is_ok() {
+                        let w = &self.writers[machine];
+                        for (id, h) in &self.known.model.histories {
+                            let grows: Vec<_> = h.records.iter().filter(|r| matches!(r.change, crate::store_model::Change::Grow{..})).collect();
+                            eprintln!("{id} {:?} durable {} {grows:?}", h.parent, h.durable);
+                        }
+                        eprintln!("writer {} {:?} disk {}", w.history, w.parent, w.disks[disk].id);
+                    }
+                    panic!("seed {}: {other:?} for a disk", self.seed)
+                }
             };
+            self.hear(rig);
             self.known.declared.insert(self.writers[machine].disks[disk].id);
             self.check_declared(machine, disk, &declared);
             self.writers[machine].set_keys(disk, &declared.key, opened.tag_key);
@@ -153,7 +164,7 @@ impl Campaign {
             // An end says that all bulk before it is acknowledged.
             let history = writer.history;
             let bulk = &self.known.model.histories[&history].bulk;
-            if bulk.iter().all(|bulk| bulk.is_acknowledged) || self.random.chance(0.1) {
+            if bulk.iter().all(|bulk| bulk.is_acknowledged) {
                 writer.end_batch();
                 self.report.count("batch-ended");
             }
@@ -267,8 +278,26 @@ impl Campaign {
         self.waiting.insert(request, Waiting::Dropped(history));
     }
 
+    /// What is under way when a stream ends would become durable unseen.
+    fn wait_for_bulk(&mut self, rig: &mut StoreRig, machine: usize) -> bool {
+        let history = self.writers[machine].history;
+        loop {
+            self.hear(rig);
+            let bulk = &self.known.model.histories[&history].bulk;
+            if bulk.iter().all(|bulk| bulk.is_acknowledged) {
+                return true;
+            }
+            if rig.storage.is_stopped() || !(rig.run_one() || rig.wake()) {
+                return false;
+            }
+        }
+    }
+
     /// The agent comes again: the same one, or one that was restarted.
     fn reopen(&mut self, rig: &mut StoreRig, machine: usize) -> bool {
+        if !self.wait_for_bulk(rig, machine) {
+            return false;
+        }
         self.restart_writer(machine, 0.5);
         self.open(rig, machine) && {
             self.send(rig, machine);
@@ -297,6 +326,9 @@ impl Campaign {
 
     /// The machine goes on in a history of its own.
     fn begin_history(&mut self, rig: &mut StoreRig, machine: usize) -> bool {
+        if !self.wait_for_bulk(rig, machine) {
+            return false;
+        }
         let parent = self.writers[machine].history;
         let durable = self.known.model.histories[&parent].acknowledged;
         let fork = Lsn(self.random.below(durable.0 + 1));

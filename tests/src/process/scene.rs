@@ -97,6 +97,9 @@ impl Scene {
     }
 
     /// Starts both daemons, and enrols the agent.
+    ///
+    /// # Panics
+    /// When it does not enrol.
     #[must_use]
     pub fn start(setup: &Setup) -> Self {
         let mut scene = Self::server_only(Self::directory(), setup);

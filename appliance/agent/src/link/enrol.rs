@@ -1,7 +1,7 @@
 //! Enrolment with a one-time token, and renewal of the certificate.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use afterimage_blockdev::{AgentId, Entropy, ErrorClass, HistoryId, MachineId};
 use afterimage_protocol::rest::ApiError;
@@ -141,10 +141,17 @@ pub fn lifetime(certificate: &Path) -> Result<(i64, i64), AgentError> {
         .map_err(|error| damaged(format!("{error:?}")))?;
     let (_, parsed) =
         x509_parser::parse_x509_certificate(&der).map_err(|error| damaged(error.to_string()))?;
-    let (begin, end) = (
-        parsed.validity().not_before.timestamp(),
-        parsed.validity().not_after.timestamp(),
-    );
+    // It may hold from before it was made, for clocks that are behind.
+    let made = certificate
+        .metadata()
+        .and_then(|metadata| metadata.modified());
+    let made = made
+        .ok()
+        .and_then(|made| made.duration_since(UNIX_EPOCH).ok());
+    let made = made.and_then(|since| i64::try_from(since.as_secs()).ok());
+    let end = parsed.validity().not_after.timestamp();
+    let begin = parsed.validity().not_before.timestamp();
+    let begin = made.map_or(begin, |made| made.clamp(begin, end.max(begin)));
     Ok((begin + (end - begin) / 3 * 2, end))
 }
 

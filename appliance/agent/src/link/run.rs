@@ -39,6 +39,8 @@ pub trait LinkHost: Send + Sync + 'static {
     fn event(&self, event: SenderEvent) -> Result<(), SessionEnd>;
     /// Frames were given to the connection.
     fn sent(&self);
+    /// Says, once, that a report should leave now.
+    fn take_report_due(&self) -> bool;
     /// State of the source.
     fn report(&self) -> SourceReport;
     /// Why this connection must end now, if it must.

@@ -89,12 +89,19 @@ impl<H: LinkHost> Session<H> {
             if let Some(end) = self.host.stop_reason() {
                 return end;
             }
+            if self.host.is_stopping() {
+                return self.close(stream, &mut source, silence).await;
+            }
             match self.write_all(&mut stream, &mut source, silence).await {
                 Ok(()) => {}
                 Err(what) => return SessionEnd::broken(&what),
             }
             tokio::select! {
-                () = self.host.wake().notified() => {}
+                () = self.host.wake().notified() => {
+                    if self.host.take_report_due() {
+                        self.tick();
+                    }
+                }
                 _ = ticks.tick() => {
                     if self.is_silent(silence) {
                         return SessionEnd::broken("the appliance does not answer");
@@ -103,6 +110,22 @@ impl<H: LinkHost> Session<H> {
                 }
             }
         }
+    }
+
+    /// Ends the stream and the connection in order.
+    async fn close(
+        &self,
+        mut stream: impl AsyncWrite + Unpin,
+        source: &mut impl RecordSource<Bytes = FrameBytes>,
+        silence: Duration,
+    ) -> SessionEnd {
+        self.state.lock().sender.close();
+        let written = self.write_all(&mut stream, source, silence).await;
+        let closed = tokio::time::timeout(silence, stream.shutdown()).await;
+        if written.is_err() || !matches!(closed, Ok(Ok(()))) {
+            tracing::debug!("the connection could not be closed in order");
+        }
+        SessionEnd::broken("the agent stops")
     }
 
     /// Writes whatever may be sent now.

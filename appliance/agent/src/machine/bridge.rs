@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use afterimage_blockdev::DiskId;
-use afterimage_cache::CacheError;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -102,10 +101,10 @@ impl StoreEvents for Bridge {
         self.stop_flow(reason);
     }
 
-    fn failed(&self, error: &CacheError, is_lost: bool) {
-        tracing::error!(%error, is_lost, "the spool has failed");
+    fn failed(&self, reason: &str, is_lost: bool) {
+        tracing::error!(reason, is_lost, "the spool has failed; memory has to do");
         if is_lost {
-            self.state.lock().lost = Some(format!("the spool has failed: {error}"));
+            self.state.lock().lost = Some(format!("the spool has failed: {reason}"));
             self.stop_flow("the spool has failed");
         }
         self.keeper.ring();

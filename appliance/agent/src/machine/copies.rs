@@ -1,6 +1,7 @@
 //! What copies ask of the machine.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use afterimage_blockdev::Lsn;
 use afterimage_cache::TagKey;
@@ -34,17 +35,16 @@ impl Machine {
         for disk in self.disks() {
             let state = disk.state.lock();
             let mut saved = disk.saved.lock();
-            if let Some(answer) = &state.answer
-                && saved.is_protected
-                && saved.is_copied
-                && !answer.has_copy
-            {
+            let Some(answer) = state.answer.as_ref().filter(|_| saved.is_protected) else {
+                continue;
+            };
+            if saved.is_copied && !answer.has_copy {
                 tracing::warn!(
                     disk = saved.name,
                     "the appliance holds no copy; one is made"
                 );
-                saved.is_copied = false;
             }
+            saved.is_copied = answer.has_copy;
         }
     }
 
@@ -78,7 +78,7 @@ impl Machine {
 
     /// Says whether so little is held that records may flow again.
     pub(crate) fn can_flow(&self) -> bool {
-        self.store.is_drained() && self.is_streaming()
+        self.store.is_drained() && self.is_streaming() && self.order.has_lsns()
     }
 
     /// Lets records flow, beginning with this one; returns its LSN.
@@ -89,6 +89,12 @@ impl Machine {
         let lsn = self.order.begin_flow(draft);
         self.bridge.flows();
         lsn
+    }
+
+    /// Tells the appliance the state of the source at once.
+    pub(crate) fn report_now(&self) {
+        self.is_report_due.store(true, Ordering::Release);
+        self.wake.notify_one();
     }
 
     /// The copy of a disk is whole and acknowledged.

@@ -134,6 +134,10 @@ impl LinkHost for Host {
         self.0.link.lock().has_sent = true;
     }
 
+    fn take_report_due(&self) -> bool {
+        self.0.is_report_due.swap(false, Ordering::AcqRel)
+    }
+
     fn report(&self) -> SourceReport {
         self.0.source_report()
     }

@@ -101,6 +101,8 @@ pub struct Machine {
     /// Counts epochs of this run; copies of an earlier one give up.
     generation: AtomicU64,
     is_stopping: AtomicBool,
+    /// The appliance should be told the state at once.
+    is_report_due: AtomicBool,
     seal_pool: Mutex<Option<SealPool>>,
     _lock: DirectoryLock,
 }

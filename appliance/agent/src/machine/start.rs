@@ -12,9 +12,7 @@ use afterimage_blockdev::{
 };
 use afterimage_cache::log::LogOptions;
 use afterimage_cache::{FrameIdentity, RecordKind};
-use afterimage_export::{
-    FuseMount, FuseOptions, LoopDevice, detach_stale, detach_stale_under, is_mount_point,
-};
+use afterimage_export::{FuseMount, FuseOptions, StaleDevice, detach_stale, release_stale_under};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -151,6 +149,7 @@ impl Machine {
             epoch_first: AtomicU64::new(first.0),
             generation: AtomicU64::new(0),
             is_stopping: AtomicBool::new(false),
+            is_report_due: AtomicBool::new(false),
             seal_pool: Mutex::default(),
             _lock: lock,
         });
@@ -303,56 +302,43 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes away what a dead agent left. Devices that are still mounted stay, and their names are
+    /// Takes away what a dead agent left. Devices in use stay until they are free; their disks are
     /// given back with what to do.
     fn clear_stale(&self) -> Result<Vec<(String, String)>, AgentError> {
         let directory = self.state.path("fuse");
-        let mut in_use = Vec::new();
-        let mut left = Vec::new();
-        for entry in LoopDevice::list()? {
-            if !entry.backing.starts_with(&directory) {
-                continue;
-            }
-            let device = format!("/dev/loop{}", entry.number);
-            if let Some(place) = mounted_at(&device) {
-                let file = entry.backing.file_stem().unwrap_or_default();
-                let text = format!(
-                    "{device} of an agent that died is still mounted at {place}; unmount it and \
-                     mount the new device"
-                );
-                tracing::warn!(
-                    device,
-                    place,
-                    "a device of an agent that died is still mounted"
-                );
-                in_use.push((file.to_string_lossy().into_owned(), text));
-            } else {
-                left.push(device);
-            }
+        if !directory.exists() && !is_dead(&directory) {
+            return Ok(Vec::new());
         }
-        if in_use.is_empty() && !left.is_empty() {
-            detach_stale_under(&directory)?;
-        }
+        let in_use = release_stale_under(&directory)?;
         if detach_stale(&directory)? {
             tracing::info!(directory = %directory.display(), "unmounted what a dead agent left");
         }
-        if directory.exists() && is_mount_point(&directory).unwrap_or(false) {
-            tracing::warn!(directory = %directory.display(), "something is mounted there");
-        }
-        Ok(in_use)
+        let told = |stale: StaleDevice| {
+            let device = stale.device.display().to_string();
+            let places: Vec<_> = stale
+                .directories
+                .iter()
+                .map(|d| d.display().to_string())
+                .collect();
+            let text = match places.as_slice() {
+                [] => format!("{device} of an agent that died is still in use; end what uses it"),
+                places => format!(
+                    "{device} of an agent that died is still mounted at {}; unmount it and mount \
+                     the new device",
+                    places.join(", ")
+                ),
+            };
+            tracing::warn!("{text}");
+            let disk = stale.backing.file_stem().unwrap_or_default();
+            (disk.to_string_lossy().into_owned(), text)
+        };
+        Ok(in_use.into_iter().map(told).collect())
     }
 }
 
-/// Where a device, or a partition of it, is mounted.
-fn mounted_at(device: &str) -> Option<String> {
-    let table = fs::read_to_string("/proc/self/mounts").ok()?;
-    table.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        let (source, place) = (words.next()?, words.next()?);
-        let rest = source.strip_prefix(device)?;
-        let is_it = rest.is_empty() || rest.starts_with('p');
-        is_it.then(|| place.to_owned())
-    })
+/// A mount whose server is dead does not seem to exist.
+fn is_dead(directory: &Path) -> bool {
+    matches!(directory.metadata(), Err(error) if error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
 fn start_store(
@@ -384,6 +370,7 @@ fn start_store(
         loaded_bytes: config.spool.read_ahead_bytes,
         // What was captured already must still find room.
         spooled_bytes: (bytes_max / 2).max(bytes_max.saturating_sub(256 << 20)),
+        stall: crate::config::ms(config.spool.stall_ms),
     };
     let spool = LogSpool::new();
     let for_store: Arc<LogSpool> = Arc::clone(&spool);

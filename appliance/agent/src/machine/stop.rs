@@ -37,18 +37,27 @@ impl Machine {
         }
     }
 
-    /// Ends the threads and saves the counters.
-    pub fn stop(&self) {
+    /// Tells threads and connection to end.
+    pub fn begin_stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
         self.keeper_bell.ring();
         self.outbox.nudge();
         self.wake.notify_one();
         self.retry_now.notify_one();
+    }
+
+    /// Ends the threads and saves the counters.
+    pub fn stop(&self) {
+        self.begin_stop();
         if let Err(error) = self.save_counters() {
             tracing::error!(%error, "the counters cannot be saved");
         }
         for thread in [self.replicator.lock().take(), self.keeper.lock().take()] {
             let _panicked = thread.map(std::thread::JoinHandle::join);
+        }
+        // A device that is still in use goes with its last user.
+        for disk in self.disks() {
+            drop(disk.state.lock().device.take());
         }
         if let Some(mut mount) = self.mount.lock().take()
             && let Err(error) = mount.unmount()

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use afterimage_blockdev::{Epoch, Lsn};
 use afterimage_cache::{CacheError, Frame};
@@ -29,6 +30,8 @@ pub struct StoreLimits {
     pub loaded_bytes: usize,
     /// In the spool, from which on nothing more should be captured.
     pub spooled_bytes: u64,
+    /// A spool that writes nothing for so long counts as failed.
+    pub stall: Duration,
 }
 
 /// Who is told what a store does. Called without its lock.
@@ -38,7 +41,7 @@ pub trait StoreEvents: Send + Sync {
     /// No more should be captured: what is held nears the limits.
     fn full(&self, reason: &str);
     /// The spool has failed. When frames are lost, the epoch cannot go on.
-    fn failed(&self, error: &CacheError, is_lost: bool);
+    fn failed(&self, reason: &str, is_lost: bool);
 }
 
 /// A frame as the connection takes it.
@@ -80,6 +83,8 @@ struct State {
     /// Entries that are in the spool or on their way there.
     spooled_count: usize,
     acknowledged: Lsn,
+    /// Counts frames that the spool has written.
+    written: u64,
     /// The spool has no room for now.
     is_paused: bool,
     /// The spool has failed: memory has to do.
@@ -145,7 +150,17 @@ impl FrameStore {
     pub fn put(&self, ticket: u64, frame: Frame) {
         let mut state = self.state.lock();
         while state.writing_bytes > self.limits.writing_bytes && state.can_wait() {
-            self.room.wait(&mut state);
+            let before = state.written;
+            let is_late = self
+                .room
+                .wait_for(&mut state, self.limits.stall)
+                .timed_out();
+            if is_late && state.written == before && state.can_wait() {
+                let is_lost = state.bury_spool();
+                drop(state);
+                self.events.failed("it writes nothing", is_lost);
+                state = self.state.lock();
+            }
         }
         state.early.insert(ticket, frame);
         while let Some(frame) = state.next_early() {
@@ -352,6 +367,7 @@ impl State {
 impl SpoolEvents for FrameStore {
     fn written(&self, epoch: Epoch, last: Lsn, place: SpoolPlace) {
         let mut state = self.state.lock();
+        state.written += 1;
         if epoch != state.epoch {
             drop(state);
             return self.spool.trim(place);
@@ -398,7 +414,7 @@ impl SpoolEvents for FrameStore {
     fn failed(&self, error: &CacheError) {
         let is_lost = self.state.lock().bury_spool();
         self.room.notify_all();
-        self.events.failed(error, is_lost);
+        self.events.failed(&error.to_string(), is_lost);
     }
 }
 

@@ -70,6 +70,7 @@ impl Copier {
                 disk.state.lock().progress.is_running = false;
             }
         }
+        self.machine.report_now();
         result
     }
 
@@ -189,6 +190,8 @@ impl Copier {
         progress.total_bytes = total_bytes;
         progress.since = Some(Instant::now());
         (progress.recheck_read_bytes, progress.recheck_sent_bytes) = (0, 0);
+        drop(state);
+        self.machine.report_now();
     }
 
     /// A disk of the batch, or another one, that was tainted while the batch went on.

@@ -306,11 +306,7 @@ impl Request {
     fn record(self: Arc<Self>) {
         let (payload, head, tail) = {
             let mut work = self.work.lock();
-            (
-                work.payload.take(),
-                work.head.take(),
-                work.tail.take(),
-            )
+            (work.payload.take(), work.head.take(), work.tail.take())
         };
         let drafts = match self.what {
             What::Write => {

@@ -270,7 +270,12 @@ impl Serving {
                     bulk_done: disk.bulk_done.clone(),
                 }
             }
-            FromSender::Frame { stream, last, bytes, .. } => {
+            FromSender::Frame {
+                stream,
+                last,
+                bytes,
+                ..
+            } => {
                 if self.switches.is_sink.load(Ordering::SeqCst) {
                     replica.durable = last;
                 } else {

@@ -261,9 +261,10 @@ impl Log {
                 continue;
             }
             segments.push(found.id);
-            // A header beyond what is proven was torn by the crash, which is no damage.
+            // A header beyond what is proven, or of nothing at all, was torn by the crash, which is
+            // no damage.
             if let Some((offset, damage)) = &found.damage
-                && found.first.is_none_or(|first| first <= recovery.proven)
+                && found.first.is_some_and(|first| first <= recovery.proven)
             {
                 out.push(LogOutput::Mended {
                     segment: found.id,

@@ -40,7 +40,7 @@ impl StoreEvents for Heard {
         self.full.lock().push(reason.to_owned());
     }
 
-    fn failed(&self, _error: &CacheError, is_lost: bool) {
+    fn failed(&self, _reason: &str, is_lost: bool) {
         self.lost.lock().push(is_lost);
     }
 }
@@ -84,6 +84,7 @@ impl Rig {
             writing_bytes: 100 * bytes,
             loaded_bytes: 2 * bytes,
             spooled_bytes: 10 * bytes as u64,
+            stall: Duration::from_millis(1),
         };
         let (shelf, heard) = (Arc::<Shelf>::default(), Arc::<Heard>::default());
         let for_store: Arc<Shelf> = Arc::clone(&shelf);
@@ -242,4 +243,32 @@ fn a_failed_spool_loses_only_what_memory_lacks() {
     assert_eq!(rig.next(0), None, "a frame of the epoch that was given up");
     rig.store.put(6, frame(100, 2));
     assert_eq!(rig.next(0), Some(100));
+}
+
+/// A spool whose disk hangs must not hold writes up for ever.
+#[test]
+fn a_spool_that_writes_nothing_counts_as_failed() {
+    let rig = Rig::new();
+    let (shelf, heard) = (Arc::clone(&rig.shelf), Arc::clone(&rig.heard));
+    let limits = StoreLimits {
+        memory_bytes: 1,
+        writing_bytes: 1,
+        loaded_bytes: 1,
+        spooled_bytes: 1 << 30,
+        stall: Duration::from_millis(1),
+    };
+    let store = FrameStore::new(Epoch(1), limits, shelf, heard);
+    for lsn in 1..=5 {
+        store.put(lsn - 1, frame(lsn, 1));
+    }
+    assert_eq!(
+        *rig.heard.lost.lock(),
+        [false],
+        "memory still has all of it"
+    );
+    let next = |after| match store.next(Lsn(after)) {
+        NextFrame::Ready(frame) => frame.header.first.0,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((0..5).map(next).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
 }
