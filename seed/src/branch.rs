@@ -321,7 +321,11 @@ impl BranchDevice {
         let record = self.record(&mut state, kind, offset, length);
         let first = BlockIndex::containing(offset).0;
         let count = length / BLOCK_BYTES as u64;
-        state.ranges.push(PendingRange { lsn: record.lsn, first, count });
+        state.ranges.push(PendingRange {
+            lsn: record.lsn,
+            first,
+            count,
+        });
         state.count_pending();
 
         state.queue.push((record, None));

@@ -206,7 +206,9 @@ impl SeedSegmentBuilder {
 /// # Errors
 /// [`Damage`].
 pub fn check_header(bytes: &[u8], store: StoreId, segment: SegmentId) -> Result<(), Damage> {
-    let bytes = bytes.get(..SECTOR).ok_or(Damage::Short { structure: NAME })?;
+    let bytes = bytes
+        .get(..SECTOR)
+        .ok_or(Damage::Short { structure: NAME })?;
     if bytes[..8] != HEADER_MAGIC[..] {
         return Err(Damage::Magic { structure: NAME });
     }
@@ -216,7 +218,10 @@ pub fn check_header(bytes: &[u8], store: StoreId, segment: SegmentId) -> Result<
         return Err(Damage::Hash { structure: NAME });
     }
     if array(bytes, 16) != Some(store.0) || get_u32(bytes, 32) != Some(segment.0) {
-        return Err(Damage::Field { structure: NAME, field: "identity" });
+        return Err(Damage::Field {
+            structure: NAME,
+            field: "identity",
+        });
     }
     Ok(())
 }

@@ -160,7 +160,9 @@ impl Check<'_> {
             self.damaged(0, damage, None);
         }
         let [first, second] = footers;
-        let Some(footer) = first.or(second) else { return };
+        let Some(footer) = first.or(second) else {
+            return;
+        };
         let at = usize::try_from(footer.directory_offset).unwrap_or(bytes.len());
         let again = at.saturating_add(footer.directories_len() / 2);
         let mut found = None;
@@ -170,13 +172,17 @@ impl Check<'_> {
                 Err(damage) => self.damaged(at as u64, damage, None),
             }
         }
-        let Some((offsets, entries)) = found else { return };
+        let Some((offsets, entries)) = found else {
+            return;
+        };
         for (slot, entry) in (0u32..).zip(&entries) {
             self.found.slots += 1;
             let offset = offsets.get(slot).unwrap_or(0);
             let place = usize::try_from(offset).unwrap_or(bytes.len());
-            let result = SlotView::parse(bytes.get(place..).unwrap_or(&[]))
-                .and_then(|slot| slot.verify(&entry.context).and_then(|()| slot.verify_padding()));
+            let result = SlotView::parse(bytes.get(place..).unwrap_or(&[])).and_then(|slot| {
+                slot.verify(&entry.context)
+                    .and_then(|()| slot.verify_padding())
+            });
             if let Err(damage) = result {
                 let hurts = Some((entry.context.history, entry.context.lsns[0]));
                 self.damaged(offset, damage, hurts);

@@ -24,7 +24,10 @@ impl Disk {
     fn mount(file: &Path, directory: &Path) -> Self {
         let device = Loop::attach(file, 512);
         let mount = Mount::new(&device.device, directory);
-        Self { mount: Some(mount), _device: device }
+        Self {
+            mount: Some(mount),
+            _device: device,
+        }
     }
 
     fn make(file: &Path, mib: u64, kind: &str, directory: &Path) -> Self {
@@ -36,7 +39,10 @@ impl Disk {
     fn end(self) {
         let directory = self.mount.as_ref().map(|mount| mount.directory.clone());
         drop(self);
-        assert!(directory.is_some_and(|directory| !is_mounted(&directory)), "it is still in use");
+        assert!(
+            directory.is_some_and(|directory| !is_mounted(&directory)),
+            "it is still in use"
+        );
     }
 }
 

@@ -77,10 +77,7 @@ fn connect(
 
 fn pass_on(mut from: TcpStream, mut to: TcpStream, state: &AtomicU8) {
     let mut buffer = vec![0; 64 << 10];
-    loop {
-        let Ok(count) = from.read(&mut buffer) else {
-            break;
-        };
+    while let Ok(count) = from.read(&mut buffer) {
         while state.load(Ordering::Acquire) == Network::Silent as u8 {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }

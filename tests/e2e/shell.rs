@@ -143,7 +143,9 @@ pub(crate) fn clear_below(directory: &Path) {
     let output = try_run("losetup", &["-n", "-l", "-O", "NAME,BACK-FILE"]);
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let mut words = line.split_whitespace();
-        let (Some(device), Some(file)) = (words.next(), words.next()) else { continue };
+        let (Some(device), Some(file)) = (words.next(), words.next()) else {
+            continue;
+        };
         if Path::new(file).starts_with(directory) {
             let _output = try_run("umount", &["-q", "-A", device]);
             let _output = try_run("losetup", &["-d", device]);

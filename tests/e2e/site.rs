@@ -54,6 +54,7 @@ impl Daemon {
 }
 
 /// Where a site keeps things, and how its daemons are set up.
+#[derive(Default)]
 pub(crate) struct Plan {
     /// The appliance's data directory, if elsewhere than in the site's directory.
     pub(crate) data: Option<PathBuf>,
@@ -61,16 +62,6 @@ pub(crate) struct Plan {
     pub(crate) state: Option<PathBuf>,
     /// Lines that are added to `[pipeline]` of the agent.
     pub(crate) pipeline: &'static str,
-}
-
-impl Default for Plan {
-    fn default() -> Self {
-        Self {
-            data: None,
-            state: None,
-            pipeline: "",
-        }
-    }
 }
 
 pub(crate) struct Site {

@@ -185,9 +185,17 @@ impl History {
     /// The batches of each disk, as far as they are durable.
     fn batches(&self, disk: DiskId) -> Vec<Batch> {
         let mut batches: Vec<Batch> = Vec::new();
-        for record in self.records.iter().filter(|record| record.lsn <= self.durable) {
+        for record in self
+            .records
+            .iter()
+            .filter(|record| record.lsn <= self.durable)
+        {
             match &record.change {
-                Change::Begin { batch, is_initial, disks } if disks.contains(&disk) => {
+                Change::Begin {
+                    batch,
+                    is_initial,
+                    disks,
+                } if disks.contains(&disk) => {
                     batches.push(Batch {
                         number: *batch,
                         is_initial: *is_initial,
@@ -231,7 +239,11 @@ impl Model {
         let mut image = vec![0; self.sizes[&disk]];
         for (history, cap) in self.lineage(history, lsn).into_iter().rev() {
             let history = &self.histories[&history];
-            let mut bulk: Vec<&Bulk> = history.bulk.iter().filter(|b| b.is_acknowledged && b.disk == disk && b.lsn <= cap).collect();
+            let mut bulk: Vec<&Bulk> = history
+                .bulk
+                .iter()
+                .filter(|b| b.is_acknowledged && b.disk == disk && b.lsn <= cap)
+                .collect();
             bulk.sort_by_key(|bulk| bulk.lsn);
             let mut bulk = bulk.into_iter().peekable();
             for record in history.records.iter().filter(|record| record.lsn <= cap) {
@@ -278,8 +290,10 @@ impl Model {
             .into_iter()
             .any(|(history, cap)| {
                 let batches = self.histories[&history].batches(disk);
-            batches.iter().any(|b| b.is_initial && b.end.is_some_and(|end| end <= cap))
-        })
+                batches
+                    .iter()
+                    .any(|b| b.is_initial && b.end.is_some_and(|end| end <= cap))
+            })
     }
 }
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 use afterimage_blockdev::simulated::{SeededEntropy, SimulatedClock, SimulatedStorage};
 use afterimage_blockdev::{
     BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockOp, BlockOutcome, Clock, FileId,
-    IoBuffer, Monotonic, Storage, StorageCompleter, StorageCompletion, StorageOp, StorageOutcome, Timestamp, Token,
+    IoBuffer, Monotonic, Storage, StorageCompleter, StorageCompletion, StorageOp, StorageOutcome,
+    Timestamp, Token,
 };
 use afterimage_cache::Frame;
 use afterimage_seed::engine::{ForkedBranch, StreamNumber, TakenSnapshot};
@@ -92,6 +93,8 @@ pub struct StoreRig {
     pub failure: Option<SeedError>,
     /// `Stop` is done.
     pub is_stopped: bool,
+    /// How long anything may take before it is given up.
+    pub patience: Duration,
     inbox: Arc<Inbox>,
     from_branches: Branches,
     branches: HashMap<StreamNumber, Arc<BranchDevice>>,
@@ -146,6 +149,7 @@ impl StoreRig {
             is_ready: false,
             failure: None,
             is_stopped: false,
+            patience: Duration::MAX,
             inbox: Arc::default(),
             from_branches: Arc::default(),
             branches: HashMap::new(),
@@ -343,11 +347,13 @@ impl StoreRig {
 
     /// Runs and lets time pass until `is_done`; false when the medium stops or nothing moves.
     pub fn run_until(&mut self, mut is_done: impl FnMut(&Self) -> bool) -> bool {
+        let begun = self.clock.monotonic();
         for _ in 0..STEPS_MAX {
             if is_done(self) {
                 return true;
             }
-            if self.storage.is_stopped() || self.failure.is_some() {
+            let waited = self.clock.monotonic().since(begun);
+            if self.storage.is_stopped() || self.failure.is_some() || waited > self.patience {
                 return false;
             }
             if !self.run_one() && !self.wake() {

@@ -35,7 +35,11 @@ fn fio(scene: &Scene, device: &Path, block: u64, depth: u32, bytes: u64) {
         "--refill_buffers",
         "--output-format=terse",
     ];
-    let words: Vec<&str> = fixed.iter().copied().chain(arguments.iter().map(String::as_str)).collect();
+    let words: Vec<&str> = fixed
+        .iter()
+        .copied()
+        .chain(arguments.iter().map(String::as_str))
+        .collect();
     let _figures = run_in(&scene.root, "fio", &words);
 }
 
@@ -59,22 +63,35 @@ fn fio_verifies_through_tap_and_branch() {
     let size = run("blockdev", &["--getsize64".as_ref(), device.as_os_str()]);
     assert_eq!(size.trim(), ODD_BYTES.to_string());
     let sector = run("blockdev", &["--getss".as_ref(), device.as_os_str()]);
-    assert_eq!(sector.trim(), "512", "the source's logical block size is kept");
+    assert_eq!(
+        sector.trim(),
+        "512",
+        "the source's logical block size is kept"
+    );
     scene.protect("odd");
     verify_runs(&scene, &device, "tap");
     // The odd end itself.
     let end = ODD_BYTES - 512;
-    let file = std::fs::OpenOptions::new().write(true).open(&device).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&device)
+        .unwrap();
     file.write_all_at(&[0xa5; 512], end).unwrap();
     file.sync_all().unwrap();
     drop(file);
     scene.assert_replica_equals("odd");
     let branch = View::branch(&scene, "web1/odd@latest");
-    let size = run("blockdev", &["--getsize64".as_ref(), branch.device.as_os_str()]);
+    let size = run(
+        "blockdev",
+        &["--getsize64".as_ref(), branch.device.as_os_str()],
+    );
     assert_eq!(size.trim(), ODD_BYTES.to_string());
     verify_runs(&scene, &branch.device, "branch");
     let mut last = [0; 512];
-    std::fs::File::open(&branch.device).unwrap().read_exact_at(&mut last, end).unwrap();
+    std::fs::File::open(&branch.device)
+        .unwrap()
+        .read_exact_at(&mut last, end)
+        .unwrap();
     assert_eq!(last, [0xa5; 512]);
     branch.close();
     // The branch's writes are its own.
@@ -89,7 +106,9 @@ fn fio_verifies_through_tap_and_branch() {
 fn fill(directory: &Path) -> String {
     for number in 0..40 {
         let length = 1000 + number * 7777;
-        let bytes: Vec<u8> = (0..length).map(|at| u8::try_from((at * (number + 3)) % 251).unwrap()).collect();
+        let bytes: Vec<u8> = (0..length)
+            .map(|at| u8::try_from((at * (number + 3)) % 251).unwrap())
+            .collect();
         std::fs::write(directory.join(format!("file-{number}")), bytes).unwrap();
     }
     for number in (0..40).step_by(3) {
@@ -104,8 +123,14 @@ fn sums(directory: &Path) -> String {
 
 fn make(kind: &str, device: &Path) {
     match kind {
-        "ext4" => run("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), device.as_os_str()]),
-        _ => run("mkfs.xfs", &["-q", "-f", "-s", "size=512", &device.display().to_string()]),
+        "ext4" => run(
+            "mkfs.ext4",
+            &["-q".as_ref(), "-F".as_ref(), device.as_os_str()],
+        ),
+        _ => run(
+            "mkfs.xfs",
+            &["-q", "-f", "-s", "size=512", &device.display().to_string()],
+        ),
     };
 }
 
@@ -124,7 +149,10 @@ fn file_system(kind: &str) {
     // Beside the live original, with the same UUID.
     let beside = View::files(&scene, "web1/disk@latest");
     assert_eq!(sums(beside.path()), expected);
-    println!("{kind}: view mounted beside the live original: {:?}", beside.mount.notes);
+    println!(
+        "{kind}: view mounted beside the live original: {:?}",
+        beside.mount.notes
+    );
     beside.close();
     run("fstrim", &[&live.path]);
     std::fs::write(live.path.join("after-trim"), vec![7; 100_000]).unwrap();
@@ -166,7 +194,17 @@ fn discards_reach_the_replica() {
     let source = scene.image("disk.img", 64 * MIB);
     let device = scene.attach(&source, "disk");
     let noise = format!("of={}", device.display());
-    run("dd", &["if=/dev/urandom", &noise, "bs=1M", "oflag=direct", "count=64", "status=none"]);
+    run(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &noise,
+            "bs=1M",
+            "oflag=direct",
+            "count=64",
+            "status=none",
+        ],
+    );
     scene.protect("disk");
     let place = device.display().to_string();
     let full = scene.root.join("full.img");
@@ -174,9 +212,25 @@ fn discards_reach_the_replica() {
     scene.caught_up();
     let point = scene.aft(&["point", "create", "web1", "--name", "full"]);
     assert_eq!(point.code, 0, "{point:?}");
-    run("blkdiscard", &["--offset", "1048576", "--length", "8388608", &place]);
-    run("blkdiscard", &["--offset", "20972032", "--length", "4608", &place]);
-    run("blkdiscard", &["--zeroout", "--offset", "33554432", "--length", "1049088", &place]);
+    run(
+        "blkdiscard",
+        &["--offset", "1048576", "--length", "8388608", &place],
+    );
+    run(
+        "blkdiscard",
+        &["--offset", "20972032", "--length", "4608", &place],
+    );
+    run(
+        "blkdiscard",
+        &[
+            "--zeroout",
+            "--offset",
+            "33554432",
+            "--length",
+            "1049088",
+            &place,
+        ],
+    );
     scene.assert_replica_equals("disk");
     let zeroed = scene.root.join("zero.img");
     sparse(&zeroed, 64 * MIB);

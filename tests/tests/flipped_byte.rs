@@ -23,7 +23,19 @@ struct Store {
 fn noise(device: &Path, from_mib: u64, mib: u64) {
     let of = format!("of={}", device.display());
     let (seek, count) = (format!("seek={from_mib}"), format!("count={mib}"));
-    run("dd", &["if=/dev/urandom", &of, "bs=1M", &seek, &count, "oflag=direct", "conv=fsync", "status=none"]);
+    run(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &of,
+            "bs=1M",
+            &seek,
+            &count,
+            "oflag=direct",
+            "conv=fsync",
+            "status=none",
+        ],
+    );
 }
 
 impl Store {
@@ -43,16 +55,36 @@ impl Store {
         scene.stop_agent();
         scene.stop_server();
         let truth = scene.root.join("truth.img");
-        run("cp", &["--sparse=always".as_ref(), source.as_os_str(), truth.as_os_str()]);
+        run(
+            "cp",
+            &[
+                "--sparse=always".as_ref(),
+                source.as_os_str(),
+                truth.as_os_str(),
+            ],
+        );
         let pristine = scene.root.join("pristine");
-        run("cp", &["-a".as_ref(), scene.data_dir.as_os_str(), pristine.as_os_str()]);
-        Self { scene, truth, pristine }
+        run(
+            "cp",
+            &[
+                "-a".as_ref(),
+                scene.data_dir.as_os_str(),
+                pristine.as_os_str(),
+            ],
+        );
+        Self {
+            scene,
+            truth,
+            pristine,
+        }
     }
 
     /// Files of a kind, oldest first.
     fn files(&self, directory: &str) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.pristine.join(directory)).unwrap();
-        let mut names: Vec<_> = entries.map(|entry| Path::new(directory).join(entry.unwrap().file_name())).collect();
+        let mut names: Vec<_> = entries
+            .map(|entry| Path::new(directory).join(entry.unwrap().file_name()))
+            .collect();
         names.sort();
         assert!(!names.is_empty(), "no file in {directory}");
         names
@@ -65,7 +97,14 @@ impl Store {
     /// Starts on a store with flipped bytes; gives what verification and a reader see.
     fn with_flips(&mut self, file: &Path, offsets: &[u64]) -> Option<(VerifyReport, Reading)> {
         fs::remove_dir_all(&self.scene.data_dir).unwrap();
-        run("cp", &["-a".as_ref(), self.pristine.as_os_str(), self.scene.data_dir.as_os_str()]);
+        run(
+            "cp",
+            &[
+                "-a".as_ref(),
+                self.pristine.as_os_str(),
+                self.scene.data_dir.as_os_str(),
+            ],
+        );
         let path = self.scene.data_dir.join(file);
         let hurt = File::options().read(true).write(true).open(&path).unwrap();
         for offset in offsets {
@@ -79,7 +118,9 @@ impl Store {
         let report: VerifyReport = serde_json::from_str(&verified.stdout).unwrap();
         let wanted = if report.damage.is_empty() { 0 } else { 6 };
         assert_eq!(verified.code, wanted, "{verified:?}");
-        let mounted = self.scene.aft(&["--json", "mount", "web1/disk@latest", "--device"]);
+        let mounted = self
+            .scene
+            .aft(&["--json", "mount", "web1/disk@latest", "--device"]);
         let result = if mounted.code == 0 {
             let mount: Mount = serde_json::from_str(&mounted.stdout).unwrap();
             let reading = read_against(Path::new(&mount.device), &self.truth);
@@ -101,18 +142,29 @@ impl Store {
         let log = fs::read_to_string(self.scene.root.join("server.log")).unwrap();
         let start = log.rfind("PR_SET_IO_FLUSHER").unwrap_or(0);
         let lines = log[start..].lines();
-        lines.filter(|line| line.contains(&words)).map(str::to_owned).collect()
+        lines
+            .filter(|line| line.contains(&words))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Flips, and asserts that it is named and not served.
     fn hurt(&mut self, what: &str, file: &Path, offsets: &[u64]) -> Reading {
         let (report, reading) = self.with_flips(file, offsets).expect("a mount");
-        println!("{what}, {} at {offsets:?}: {reading:?}; {:?}", file.display(), report.damage);
+        println!(
+            "{what}, {} at {offsets:?}: {reading:?}; {:?}",
+            file.display(),
+            report.damage
+        );
         let name = file.display().to_string();
         let is_named = report.damage.iter().any(|damage| damage.contains(&name));
         let mended = self.mended(file);
         mended.iter().for_each(|line| println!("  {line}"));
-        assert!(is_named || !mended.is_empty(), "{name} is not named: {:?}", report.damage);
+        assert!(
+            is_named || !mended.is_empty(),
+            "{name} is not named: {:?}",
+            report.damage
+        );
         assert_eq!(reading.wrong, 0, "bad data was served");
         reading
     }
@@ -126,7 +178,10 @@ fn flipped_byte() {
     assert!(logs.len() >= 3, "several log segments: {logs:?}");
     // The payload of one record, in a sealed segment and with later commits behind it.
     let reading = store.hurt("log payload", &first_log, &[9 * MIB + 1234]);
-    assert!((1..=64).contains(&reading.errors), "one slot, no other record: {reading:?}");
+    assert!(
+        (1..=64).contains(&reading.errors),
+        "one slot, no other record: {reading:?}"
+    );
     let reading = store.hurt("end of the log", &last_log, &[MIB + 777]);
     assert!(reading.errors <= 64, "{reading:?}");
     let log_bytes = store.length(&first_log);
@@ -150,7 +205,10 @@ fn flipped_byte() {
 fn random_flips_are_never_served() {
     let mut store = Store::new();
     let mut chance = Chance::new("random_flips");
-    let files: Vec<_> = ["log", "segments", "runs"].iter().flat_map(|kind| store.files(kind)).collect();
+    let files: Vec<_> = ["log", "segments", "runs"]
+        .iter()
+        .flat_map(|kind| store.files(kind))
+        .collect();
     for round in 1..=rounds() {
         let pick = usize::try_from(chance.below(files.len() as u64)).unwrap();
         let file = files[pick].clone();
@@ -158,8 +216,15 @@ fn random_flips_are_never_served() {
         let Some((report, reading)) = store.with_flips(&file, &[offset]) else {
             continue;
         };
-        println!("round {round}: {} at {offset}: {reading:?}; {:?}", file.display(), report.damage);
+        println!(
+            "round {round}: {} at {offset}: {reading:?}; {:?}",
+            file.display(),
+            report.damage
+        );
         assert_eq!(reading.wrong, 0, "bad data was served");
-        assert!(reading.errors == 0 || !report.damage.is_empty(), "an error without a name");
+        assert!(
+            reading.errors == 0 || !report.damage.is_empty(),
+            "an error without a name"
+        );
     }
 }

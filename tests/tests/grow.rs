@@ -12,7 +12,19 @@ fn grow() {
     let device = scene.attach(&source, "disk");
     let noise = |device: &std::path::Path, seek: u64| {
         let (of, seek) = (format!("of={}", device.display()), format!("seek={seek}"));
-        run("dd", &["if=/dev/urandom", &of, "bs=1M", "count=8", &seek, "oflag=direct", "conv=fsync", "status=none"]);
+        run(
+            "dd",
+            &[
+                "if=/dev/urandom",
+                &of,
+                "bs=1M",
+                "count=8",
+                &seek,
+                "oflag=direct",
+                "conv=fsync",
+                "status=none",
+            ],
+        );
     };
     noise(&device, 4);
     scene.protect("disk");
@@ -38,7 +50,14 @@ fn grow() {
     noise(&device, 80);
     scene.assert_replica_equals("disk");
     let small = scene.view("web1/disk@small");
-    let size = run("blockdev", &["--getsize64".as_ref(), small.device.as_os_str()]);
-    assert_eq!(size.trim(), (64 * MIB).to_string(), "an old point keeps its size");
+    let size = run(
+        "blockdev",
+        &["--getsize64".as_ref(), small.device.as_os_str()],
+    );
+    assert_eq!(
+        size.trim(),
+        (64 * MIB).to_string(),
+        "an old point keeps its size"
+    );
     small.close();
 }

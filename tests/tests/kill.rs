@@ -69,13 +69,20 @@ impl Rig {
         writers.progress(more);
         let machine = self.scene.machine();
         assert!(machine.durable.0 >= self.durable, "the durable LSN fell");
-        self.durable = machine.durable.0.max(self.scene.agent_status().acknowledged.0);
+        self.durable = machine
+            .durable
+            .0
+            .max(self.scene.agent_status().acknowledged.0);
     }
 
     /// What the appliance has is never less than what it promised.
     fn check_durable(&mut self) {
         let durable = self.scene.machine().durable.0;
-        assert!(durable >= self.durable, "durable {durable}, promised {}", self.durable);
+        assert!(
+            durable >= self.durable,
+            "durable {durable}, promised {}",
+            self.durable
+        );
         self.durable = durable;
     }
 
@@ -84,7 +91,9 @@ impl Rig {
         journals.extend(self.journals.iter().cloned());
         self.scene.caught_up();
         let view = View::files(&self.scene, "web1/root@latest");
-        journals.iter().for_each(|journal| journal.check(view.path()));
+        journals
+            .iter()
+            .for_each(|journal| journal.check(view.path()));
         view.close();
     }
 
@@ -106,7 +115,9 @@ impl Rig {
         assert!(disk.recheck_read_bytes <= RECHECK_BYTES_MAX, "{disk:?}");
         self.check_durable();
         self.mount();
-        self.journals.iter().for_each(|journal| journal.check(&self.place()));
+        self.journals
+            .iter()
+            .for_each(|journal| journal.check(&self.place()));
         disk.recheck_read_bytes
     }
 
@@ -116,7 +127,10 @@ impl Rig {
         let report: afterimage_protocol::rest::server::VerifyReport =
             self.scene.aft_json(&["log", "verify"]);
         assert!(report.damage.is_empty(), "{report:?}");
-        println!("{acknowledged} acknowledged writes; durable lsn {}", self.durable);
+        println!(
+            "{acknowledged} acknowledged writes; durable lsn {}",
+            self.durable
+        );
     }
 }
 
@@ -146,8 +160,15 @@ fn kill_server() {
         rig.check_replica(so_far);
         rig.check_durable();
         let disk = rig.scene.disk("root");
-        assert_eq!(disk.recheck_read_bytes, 0, "a restarted server causes no resync");
-        println!("round {round}: {} writes, durable {}", writers.acknowledged(), rig.durable);
+        assert_eq!(
+            disk.recheck_read_bytes, 0,
+            "a restarted server causes no resync"
+        );
+        println!(
+            "round {round}: {} writes, durable {}",
+            writers.acknowledged(),
+            rig.durable
+        );
     }
     let acknowledged = writers.acknowledged();
     let (journals, failed) = writers.stop();
@@ -169,7 +190,10 @@ fn kill_agent() {
         rig.scene.start_agent();
         let read = rig.agent_is_back();
         rig.check_replica(Vec::new());
-        println!("round {round}: {acknowledged} writes, durable {}, recheck_read_bytes {read}", rig.durable);
+        println!(
+            "round {round}: {acknowledged} writes, durable {}, recheck_read_bytes {read}",
+            rig.durable
+        );
     }
     rig.finish(acknowledged);
 }
@@ -204,7 +228,10 @@ fn kill_both() {
         }
         let read = rig.agent_is_back();
         rig.check_replica(Vec::new());
-        println!("round {round}: {acknowledged} writes, durable {}, recheck_read_bytes {read}", rig.durable);
+        println!(
+            "round {round}: {acknowledged} writes, durable {}, recheck_read_bytes {read}",
+            rig.durable
+        );
     }
     rig.finish(acknowledged);
 }

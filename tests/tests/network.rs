@@ -7,9 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use afterimage_tests::process::{
-    FsMount, MIB, Scene, Setup, Writers, require, run, until,
-};
+use afterimage_tests::process::{FsMount, MIB, Scene, Setup, Writers, require, run, until};
 
 /// Memory for 8 MiB of sealed frames; the rest goes to files of 32 MiB.
 const SMALL_MEMORY: &str = "\
@@ -60,7 +58,10 @@ fn network_cut() {
         noise(&live.path.join(format!("{how} 2")), 16 * MIB);
         until("the spool", || scene.agent_status().spooled_bytes > 0);
         let during = scene.agent_status();
-        assert!(!during.reason.is_empty(), "the agent says why it is not connected");
+        assert!(
+            !during.reason.is_empty(),
+            "the agent says why it is not connected"
+        );
         println!(
             "{how}: {} LSNs behind, {} MiB in memory, {} MiB spooled: {}",
             during.captured.0 - during.acknowledged.0,
@@ -68,14 +69,19 @@ fn network_cut() {
             during.spooled_bytes / MIB,
             during.reason
         );
-        assert!(during.spooled_bytes > 64 * MIB, "memory is bounded: {during:?}");
+        assert!(
+            during.spooled_bytes > 64 * MIB,
+            "memory is bounded: {during:?}"
+        );
         until("the appliance to see it", || !scene.machine().is_connected);
         proxy.heal();
         scene.connected();
         scene.caught_up();
         let after = scene.agent_status();
         assert!(after.acknowledged > before.acknowledged);
-        until("the spool to empty", || scene.agent_status().spooled_bytes == 0);
+        until("the spool to empty", || {
+            scene.agent_status().spooled_bytes == 0
+        });
         assert_eq!(after.epoch, epoch);
         let disk = scene.disk("root");
         assert_eq!(disk.recheck_read_bytes, 0, "no resync: {disk:?}");
@@ -85,7 +91,9 @@ fn network_cut() {
     assert_eq!(copies, 1, "the first copy is the only batch");
     let (journals, failed) = writers.stop();
     assert_eq!(failed, 0, "writes went on");
-    journals.iter().for_each(|journal| journal.check(&live.path));
+    journals
+        .iter()
+        .for_each(|journal| journal.check(&live.path));
     live.umount();
     scene.assert_replica_equals("root");
 }

@@ -12,7 +12,9 @@
 use std::path::{Path, PathBuf};
 
 use afterimage_tests::process::{
-    Chance, FsMount, LoopFile, MIB, Scene, Setup, View, Writers, guards::{fsck, sparse, sweep}, require, run,
+    Chance, FsMount, LoopFile, MIB, Scene, Setup, View, Writers,
+    guards::{fsck, sparse, sweep},
+    require, run,
 };
 
 const OUTER_BYTES: u64 = 4096 * MIB;
@@ -36,7 +38,15 @@ impl MachineDisk {
         let below = root.join("outer.img");
         sparse(&below, OUTER_BYTES);
         let outer_device = LoopFile::new(&below);
-        run("mkfs.xfs", &["-q".as_ref(), "-m".as_ref(), "reflink=1".as_ref(), outer_device.device.as_os_str()]);
+        run(
+            "mkfs.xfs",
+            &[
+                "-q".as_ref(),
+                "-m".as_ref(),
+                "reflink=1".as_ref(),
+                outer_device.device.as_os_str(),
+            ],
+        );
         let outer = root.join("outer");
         let outer_mount = FsMount::new(&outer_device.device, &outer, "");
         let file = outer.join("machine.img");
@@ -60,7 +70,14 @@ impl MachineDisk {
     /// What is on the disk at this instant.
     fn clone_now(&self, number: u64) -> PathBuf {
         let clone = self.outer.join(format!("clone-{number}.img"));
-        run("cp", &["--reflink=always".as_ref(), self.file.as_os_str(), clone.as_os_str()]);
+        run(
+            "cp",
+            &[
+                "--reflink=always".as_ref(),
+                self.file.as_os_str(),
+                clone.as_os_str(),
+            ],
+        );
         clone
     }
 

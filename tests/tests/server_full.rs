@@ -30,9 +30,15 @@ impl SmallDisk {
         let file = root.join("small.img");
         sparse(&file, bytes);
         let device = LoopFile::new(&file);
-        run("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), device.device.as_os_str()]);
+        run(
+            "mkfs.ext4",
+            &["-q".as_ref(), "-m0".as_ref(), device.device.as_os_str()],
+        );
         let mount = FsMount::new(&device.device, &root.join("small"), "");
-        Self { mount: Some(mount), _device: device }
+        Self {
+            mount: Some(mount),
+            _device: device,
+        }
     }
 }
 
@@ -57,14 +63,24 @@ fn server_disk_full() {
     run("fsfreeze", &["-f".as_ref(), live.path.as_os_str()]);
     scene.caught_up();
     let point = scene.aft(&["point", "create", "web1", "--name", "before"]);
-    run("cp", &["--sparse=always".as_ref(), source.as_os_str(), scene.root.join("then.img").as_os_str()]);
+    run(
+        "cp",
+        &[
+            "--sparse=always".as_ref(),
+            source.as_os_str(),
+            scene.root.join("then.img").as_os_str(),
+        ],
+    );
     run("fsfreeze", &["-u".as_ref(), live.path.as_os_str()]);
     assert_eq!(point.code, 0, "{point:?}");
 
     let free = scene.status().free_bytes;
     let filler = small_path.join("filler");
     let bytes = (free - 100 * MIB).to_string();
-    run("fallocate", &["-l".as_ref(), bytes.as_ref(), filler.as_os_str()]);
+    run(
+        "fallocate",
+        &["-l".as_ref(), bytes.as_ref(), filler.as_os_str()],
+    );
     for part in 0..4 {
         noise(&live.path.join(format!("more-{part}")), 40 * MIB);
     }
@@ -73,18 +89,31 @@ fn server_disk_full() {
     println!("{}", said.stdout.trim());
     let status = scene.status();
     assert_ne!(status.health, "green");
-    let is_shown = status.causes.iter().any(|cause| cause.contains("ingest is paused") || cause.contains("full"));
+    let is_shown = status
+        .causes
+        .iter()
+        .any(|cause| cause.contains("ingest is paused") || cause.contains("full"));
     assert!(is_shown, "{:?}", status.causes);
     assert!(said.stdout.contains(&status.causes[0]), "{said:?}");
     let agent = scene.agent_status();
-    assert!(agent.captured > agent.acknowledged, "the agent keeps the rest");
-    println!("the agent holds {} + {} MiB", agent.buffered_bytes / MIB, agent.spooled_bytes / MIB);
+    assert!(
+        agent.captured > agent.acknowledged,
+        "the agent keeps the rest"
+    );
+    println!(
+        "the agent holds {} + {} MiB",
+        agent.buffered_bytes / MIB,
+        agent.spooled_bytes / MIB
+    );
 
     let view = scene.view("web1/root@before");
     assert_equal_devices(&scene.root.join("then.img"), &view.device);
     view.close();
     let view = View::files(&scene, "web1/root@before");
-    assert_eq!(view.path().join("first").metadata().unwrap().len(), 32 * MIB);
+    assert_eq!(
+        view.path().join("first").metadata().unwrap().len(),
+        32 * MIB
+    );
     view.close();
     // Writing goes on while ingest is paused.
     noise(&live.path.join("during"), 8 * MIB);

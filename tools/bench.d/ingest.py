@@ -128,7 +128,8 @@ def measure(rig, load, file):
     frames_per_byte = warm_up["frame_bytes"] / warm_up["user_bytes"]
     wanted_s = SUSTAINED_S / settings.rounds + 1
     user_bytes = int(min(warm_up["mib_per_s"] * MIB * wanted_s,
-                         memory_for_frames() / frames_per_byte))
+                         memory_for_frames() / frames_per_byte,
+                         FRAMES_BYTES_MAX / settings.rounds / frames_per_byte))
     user_bytes = settings.pick(user_bytes, 64 * MIB)
     rounds, baseline, sent_s, frames = [], [], 0, 0
     while True:
@@ -155,8 +156,8 @@ def measure(rig, load, file):
 
 def one_round(rig, load, user_bytes):
     prepared = load.ask(f"prepare {user_bytes}")
-    say(f"   sealed {prepared['user_bytes'] / GIB:.1f} GiB in {prepared['elapsed_s']:.0f} s:"
-        f" {prepared['frames']} frames, {prepared['frame_bytes'] / GIB:.1f} GiB")
+    say(f"   sealed {prepared['user_bytes'] / GIB:.2f} GiB in {prepared['elapsed_s']:.1f} s:"
+        f" {prepared['frames']} frames, {prepared['frame_bytes'] / GIB:.2f} GiB")
     drop_caches()
     settle_s(rig.server.pid)
     cpu = Cpu(server=rig.server.pid, generator=load.process.pid)

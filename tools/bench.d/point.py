@@ -34,8 +34,8 @@ def run(settings, wanted, report):
         before = [ingest(rig, device) for _ in range(settings.rounds)] if INGEST in wanted else []
         for count in [count for count in COUNTS if count <= last]:
             maker.make_until(settings.pick(count, quick[count]))
-            times = maker.make(window)
-            say(f"   {count} points exist: median {median(times):.2f} ms,"
+            existing, times = maker.count, maker.make(window)
+            say(f"   {existing} points exist: median {median(times):.2f} ms,"
                 f" p99 {percentile(times, 99):.2f} ms, longest {max(times):.2f} ms")
             if KEYS[count] in wanted:
                 report.add(Figure(KEYS[count], percentile(times, 99), "ms", REACH_MS, "lower"))

@@ -20,6 +20,7 @@ from errors import BenchError
 
 MACHINE = "bench"
 PATIENCE_S = 600
+FREE_BYTES_MIN = 42 << 30
 
 
 class Settings:
@@ -86,6 +87,9 @@ class Rig(contextlib.ExitStack):
         self.agent_state = self.directory / "agent"
         self.data_port, self.control_port = free_port(), free_port()
         self.server = self.agent = None
+        free = shutil.disk_usage(settings.directory).free
+        if not settings.is_quick and free < FREE_BYTES_MIN:
+            raise BenchError(f"{settings.directory} has {free >> 30} GiB free; a name may need 40")
         self.directory.mkdir()
         self.callback(shutil.rmtree, self.directory, ignore_errors=True)
 

@@ -78,6 +78,9 @@ pub struct RunArgs {
     /// Timers and limits, as TOML.
     #[arg(long)]
     pub config: Option<PathBuf>,
+    /// Print the configuration with all defaults, and end
+    #[arg(long)]
+    pub print_config: bool,
 }
 
 /// The control port when none is given.

@@ -245,6 +245,15 @@ impl Config {
         Ok(config)
     }
 
+    /// Writes it as a file.
+    ///
+    /// # Panics
+    /// Never: every value has a TOML form.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("numbers and paths have a TOML form")
+    }
+
     fn check(&self) -> Result<(), &'static str> {
         let at_least = |is_true: bool, what| if is_true { Ok(()) } else { Err(what) };
         at_least(
@@ -292,5 +301,18 @@ impl Config {
             self.state.reserve_lsns >= 1_000,
             "state.reserve_lsns must be at least 1000",
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_legal_and_survive_their_text() {
+        let config = Config::default();
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(toml::from_str::<Config>(&config.to_toml()).unwrap(), config);
+        assert!(toml::from_str::<Config>("[link]\nretry_base = 1\n").is_err());
     }
 }

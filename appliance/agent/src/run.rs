@@ -89,6 +89,14 @@ pub fn run_enrol(args: &EnrolArgs) -> Result<String, AgentError> {
 /// # Errors
 /// Whatever keeps the agent from running.
 pub fn run_agent(args: &RunArgs) -> Result<(), AgentError> {
+    let config = match &args.config {
+        Some(path) => Config::load(path)?,
+        None => Config::default(),
+    };
+    if args.print_config {
+        print!("{}", config.to_toml());
+        return Ok(());
+    }
     let is_root = std::fs::metadata("/proc/self").is_ok_and(|owner| owner.uid() == 0);
     if !is_root {
         return Err(AgentError::NotRoot);
@@ -97,10 +105,6 @@ pub fn run_agent(args: &RunArgs) -> Result<(), AgentError> {
     if let Err(error) = afterimage_export::set_io_flusher() {
         tracing::warn!(%error, "memory pressure may stall the taps");
     }
-    let config = match &args.config {
-        Some(path) => Config::load(path)?,
-        None => Config::default(),
-    };
     let state = StateDir::open(&args.state_dir)?;
     let runtime = runtime()?;
     let socket = {

@@ -304,3 +304,48 @@ fn a_device_in_use_is_not_detached() {
     run("e2fsck", &["-fn", &source.display().to_string()]);
     process.terminate();
 }
+
+/// The file system on a dead agent's device says so; the new agent tells what to do, and the old
+/// device goes with its last user.
+#[test]
+fn a_mounted_device_of_a_dead_agent_is_told_and_goes() {
+    let scene = Scene::new();
+    let source = image(scene.root.path(), "disk.img", 64 * MIB);
+    let process = scene.process();
+    let old = process.attach(&source, "data").display().to_string();
+    let run = |program: &str, arguments: &[&str]| {
+        let output = std::process::Command::new(program)
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{program}: {output:?}");
+    };
+    let directory = scene.root.path().join("mnt");
+    std::fs::create_dir(&directory).unwrap();
+    let mounted = directory.display().to_string();
+    run("mkfs.ext4", &["-q", &old]);
+    run("mount", &[&old, &mounted]);
+    std::fs::write(directory.join("kept"), b"kept").unwrap();
+    run("sync", &["-f", &mounted]);
+    process.kill();
+    std::fs::write(directory.join("lost"), b"lost").ok();
+    let synced = std::process::Command::new("sync")
+        .args(["-f", &mounted])
+        .status()
+        .unwrap();
+    assert!(!synced.success(), "an error, and no hang");
+    let process = scene.process();
+    let disk = process.disk("data");
+    assert!(disk.reason.contains(&mounted), "{}", disk.reason);
+    assert_ne!(disk.device, old);
+    run("umount", &[&mounted]);
+    let backing = format!("/sys/block/{}/loop/backing_file", &old["/dev/".len()..]);
+    until("the end of the old device", || {
+        !Path::new(&backing).exists()
+    });
+    run("mount", &[&disk.link, &mounted]);
+    assert_eq!(std::fs::read(directory.join("kept")).unwrap(), b"kept");
+    run("umount", &[&mounted]);
+    run("e2fsck", &["-fn", &disk.link]);
+    process.terminate();
+}

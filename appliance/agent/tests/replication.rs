@@ -331,7 +331,7 @@ fn an_appliance_that_was_set_back_is_brought_to_equality() {
     {
         let mut replica = scene.appliance.replica.lock();
         let disk = replica.disks.values_mut().next().unwrap();
-        disk.bytes[MIB as usize..2 * MIB as usize].fill(0);
+        disk.bytes[1 << 20..2 << 20].fill(0);
         replica.durable = afterimage_blockdev::Lsn(2);
         replica.highest = replica.durable;
     }

@@ -735,7 +735,10 @@ impl Engine {
     }
 
     fn retry_manifest(&mut self, out: &mut Vec<Output>) {
-        if self.manifest_retry_at.is_some_and(|at| at <= self.now) {
+        let Some(at) = self.manifest_retry_at else { return };
+        if at > self.now {
+            out.push(Output::WakeAt(at));
+        } else {
             self.manifest_retry_at = None;
             let mut wants = Vec::new();
             self.manifest.retry(&mut wants);
@@ -961,7 +964,10 @@ impl Engine {
     }
 
     fn kind_of_point(&self, history: HistoryId, lsn: Lsn, wanted: PointKind) -> PointKind {
-        let machine = self.histories.get(&history).and_then(|e| self.machines.get(&e.machine));
+        let machine = self
+            .histories
+            .get(&history)
+            .and_then(|e| self.machines.get(&e.machine));
         let mut disks = machine.into_iter().flat_map(|machine| &machine.disks);
         if disks.any(|disk| self.open_batch(*disk, history, lsn).is_some()) {
             PointKind::ResyncIncomplete
@@ -973,9 +979,17 @@ impl Engine {
 
 fn is_of_segment_end(damage: &Damage) -> bool {
     match damage {
-        Damage::Hash { structure } | Damage::Short { structure } | Damage::Field { structure, .. } => {
+        Damage::Hash { structure }
+        | Damage::Short { structure }
+        | Damage::Field { structure, .. } => {
             matches!(*structure, "log segment directory" | "log segment footer")
         }
         _ => false,
+    }
+}
+impl Engine {
+    /// DEBUG
+    pub fn describe(&self) -> String {
+        format!("{:?} paused {:?} log {:?} manifest {:?} bulk {:?} flush {:?}", self.phase, self.is_paused, self.log, self.manifest, self.bulk.describe(), self.flush.is_some())
     }
 }

@@ -593,7 +593,7 @@ impl Engine {
                 disks: Vec::new(),
                 trunk: HistoryId::NIL,
                 points: std::collections::BTreeMap::new(),
-            pending: std::collections::BTreeMap::new(),
+                pending: std::collections::BTreeMap::new(),
                 names: std::collections::BTreeMap::new(),
             });
         state.name = name;

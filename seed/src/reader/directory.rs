@@ -82,7 +82,9 @@ impl Reader {
         for done in waiting {
             let again = match &result {
                 Some(Ok(slots)) => Ok(slots.clone()),
-                _ => result.take().unwrap_or_else(|| Err(SeedError::refused(failure.clone().unwrap_or_default(), ""))),
+                _ => result.take().unwrap_or_else(|| {
+                    Err(SeedError::refused(failure.clone().unwrap_or_default(), ""))
+                }),
             };
             done(again);
         }

@@ -156,7 +156,9 @@ impl Reader {
             return Some(page);
         }
         let (builder, reads) = merge_memory(snapshot, region);
-        reads.is_empty().then(|| self.keep_page((snapshot.serial, region), builder))
+        reads
+            .is_empty()
+            .then(|| self.keep_page((snapshot.serial, region), builder))
     }
 
     /// The map page, from memory or from the run files.
@@ -273,7 +275,9 @@ fn merge_memory(snapshot: &Snapshot, region: u64) -> (Builder, Vec<PageRead>) {
             for entry in section.entries_in_memory(first, end) {
                 builder.entry(number, layer.cap, entry);
             }
-            let Section::File { run, table } = &**section else { continue };
+            let Section::File { run, table } = &**section else {
+                continue;
+            };
             let pages = pages_for(&table.fences, first, end);
             if !pages.is_empty() {
                 let start = u32::try_from(pages.start).unwrap_or(u32::MAX);

@@ -36,7 +36,11 @@ pub(super) struct BranchRun {
 
 impl core::fmt::Debug for BranchRun {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "branch of {} at {}, {} flushed:", self.disk, self.fork, self.flushed)?;
+        write!(
+            f,
+            "branch of {} at {}, {} flushed:",
+            self.disk, self.fork, self.flushed
+        )?;
         for write in &self.writes {
             write!(f, " {}+{}", write.offset, write.data.len())?;
         }
@@ -96,7 +100,9 @@ impl BranchRun {
 impl Campaign {
     /// Writes to a branch, reads it, or flushes it.
     pub(super) fn use_branch(&mut self, rig: &mut StoreRig) {
-        let Some((history, device)) = self.some_device() else { return };
+        let Some((history, device)) = self.some_device() else {
+            return;
+        };
         let count = 1 + self.random.index(4);
         for _ in 0..count {
             if !self.branch_write(rig, history, &device) {
@@ -108,9 +114,15 @@ impl Campaign {
         }
         if self.random.chance(0.5) {
             let written = self.known.branches[&history].writes.len();
-            let Some(result) = rig.perform(&*device, BlockOp::Flush) else { return };
+            let Some(result) = rig.perform(&*device, BlockOp::Flush) else {
+                return;
+            };
             if result.is_ok() {
-                let run = self.known.branches.get_mut(&history).expect("a known branch");
+                let run = self
+                    .known
+                    .branches
+                    .get_mut(&history)
+                    .expect("a known branch");
                 run.flushed = written;
                 self.report.count("branch-flushed");
             } else {
@@ -154,13 +166,25 @@ impl Campaign {
             if self.random.chance(0.5) {
                 BlockOp::Discard { offset: at, length }
             } else {
-                BlockOp::WriteZeroes { offset: at, length, may_unmap: true }
+                BlockOp::WriteZeroes {
+                    offset: at,
+                    length,
+                    may_unmap: true,
+                }
             }
         } else {
-            BlockOp::Write { offset: at, buffer: IoBuffer::copy_of(&data), fua: is_fua }
+            BlockOp::Write {
+                offset: at,
+                buffer: IoBuffer::copy_of(&data),
+                fua: is_fua,
+            }
         };
         // It may take effect although it never completes.
-        let run = self.known.branches.get_mut(&history).expect("a known branch");
+        let run = self
+            .known
+            .branches
+            .get_mut(&history)
+            .expect("a known branch");
         run.writes.push(BranchWrite { offset, data });
         let written = run.writes.len();
         let slot: Arc<Slot> = StoreRig::submit(&**device, op);
@@ -169,7 +193,11 @@ impl Campaign {
                 if result.is_err() && rig.failure.is_none() {
                     // A part of a block could not be read, so nothing was written.
                     assert!(self.is_faulty, "seed {}: {result:?}", self.seed);
-                    let run = self.known.branches.get_mut(&history).expect("a known branch");
+                    let run = self
+                        .known
+                        .branches
+                        .get_mut(&history)
+                        .expect("a known branch");
                     run.writes.pop();
                     return false;
                 }
@@ -184,18 +212,17 @@ impl Campaign {
         }
         if is_fua && !is_zero {
             // Records become durable in order, so all before it are too.
-            self.known.branches.get_mut(&history).expect("a known branch").flushed = written;
+            self.known
+                .branches
+                .get_mut(&history)
+                .expect("a known branch")
+                .flushed = written;
         }
         let _ = fork;
         true
     }
 
-    fn branch_read(
-        &mut self,
-        rig: &mut StoreRig,
-        history: HistoryId,
-        device: &Arc<BranchDevice>,
-    ) {
+    fn branch_read(&mut self, rig: &mut StoreRig, history: HistoryId, device: &Arc<BranchDevice>) {
         let image = self.known.branches[&history].image(Lsn(u64::MAX));
         let (offset, len) = some_range(&mut self.random, image.len());
         let Some(result) = rig.read(&**device as &dyn BlockDevice, offset as u64, len) else {

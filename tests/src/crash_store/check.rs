@@ -27,10 +27,20 @@ impl Campaign {
         let is_torn = |text: &String| text.contains("log segment header");
         let damage: Vec<_> = info.damage.iter().filter(|text| !is_torn(text)).collect();
         assert!(
-            damage.is_empty(), "seed {}: damage: {:?}", self.seed, info.damage);
+            damage.is_empty(),
+            "seed {}: damage: {:?}",
+            self.seed,
+            info.damage
+        );
         if std::env::var("DEBUG_STORE").is_ok() {
-            eprintln!("CHECK points {:?}", self.known.points.keys().map(|k| &k.1).collect::<Vec<_>>());
-            eprintln!("  engine {:?}", rig.engine.cuts().iter().map(|c| &c.0).collect::<Vec<_>>());
+            eprintln!(
+                "CHECK points {:?}",
+                self.known.points.keys().map(|k| &k.1).collect::<Vec<_>>()
+            );
+            eprintln!(
+                "  engine {:?}",
+                rig.engine.cuts().iter().map(|c| &c.0).collect::<Vec<_>>()
+            );
         }
         self.check_histories(&info);
         self.check_bulk(rig);
@@ -41,7 +51,10 @@ impl Campaign {
     fn check_histories(&mut self, info: &EngineInfo) {
         let seed = self.seed;
         let found = |history: HistoryId| {
-            info.machines.iter().flat_map(|m| &m.histories).find(|h| h.history == history)
+            info.machines
+                .iter()
+                .flat_map(|m| &m.histories)
+                .find(|h| h.history == history)
         };
         let histories: Vec<_> = self.known.model.histories.keys().copied().collect();
         for id in histories {
@@ -69,9 +82,16 @@ impl Campaign {
                 continue;
             }
             let (promised, fork) = (history.acknowledged, fork_of(history.parent));
-            assert!(durable >= promised, "seed {seed}: {durable} of {id} durable, not {promised}");
+            assert!(
+                durable >= promised,
+                "seed {seed}: {durable} of {id} durable, not {promised}"
+            );
             let is_end = durable == fork || history.frames.contains(&durable);
-            assert!(is_end, "seed {seed}: {durable} of {id} ends no frame: {:?}", history.frames);
+            assert!(
+                is_end,
+                "seed {seed}: {durable} of {id} ends no frame: {:?}",
+                history.frames
+            );
             if durable > promised {
                 self.report.count("unacknowledged-kept");
             }
@@ -118,10 +138,17 @@ impl Campaign {
 
     fn check_points(&mut self, rig: &mut StoreRig) {
         let seed = self.seed;
-        let known: BTreeSet<_> = self.writers.iter().map(|w| (w.machine, w.name.clone())).collect();
+        let known: BTreeSet<_> = self
+            .writers
+            .iter()
+            .map(|w| (w.machine, w.name.clone()))
+            .collect();
         for (machine, name) in known {
-            let request =
-                Request::ListPoints { machine: name, after: PointId(0), limit: 100_000 };
+            let request = Request::ListPoints {
+                machine: name,
+                after: PointId(0),
+                limit: 100_000,
+            };
             let found = match rig.ask(request) {
                 Some(Ok(Response::Points(found, total))) => {
                     assert_eq!(found.len() as u64, total, "seed {seed}");
@@ -136,7 +163,11 @@ impl Campaign {
                 let Some(point) = self.known.points.get_mut(&key) else {
                     panic!("seed {seed}: point {} should not be there", record.name);
                 };
-                assert_eq!((record.history, record.lsn), (point.history, point.lsn), "seed {seed}");
+                assert_eq!(
+                    (record.history, record.lsn),
+                    (point.history, point.lsn),
+                    "seed {seed}"
+                );
                 if !point.is_acknowledged || point.is_dropping {
                     self.report.count("point-undecided");
                 }
@@ -167,7 +198,9 @@ impl Campaign {
                 self.check_branch(rig, history);
                 continue;
             }
-            let Some(machine) = self.machine_of(history) else { continue };
+            let Some(machine) = self.machine_of(history) else {
+                continue;
+            };
             let durable = self.known.model.histories[&history].durable;
             if !self.known.opened.contains(&history) && durable == Lsn::ZERO {
                 continue;
@@ -201,8 +234,12 @@ impl Campaign {
     }
 
     fn machine_of(&self, history: HistoryId) -> Option<usize> {
-        let mut roots: Vec<(usize, HistoryId)> =
-            self.writers.iter().enumerate().map(|(place, w)| (place, w.history)).collect();
+        let mut roots: Vec<(usize, HistoryId)> = self
+            .writers
+            .iter()
+            .enumerate()
+            .map(|(place, w)| (place, w.history))
+            .collect();
         loop {
             if let Some((place, _)) = roots.iter().find(|(_, root)| *root == history) {
                 return Some(*place);
@@ -241,11 +278,17 @@ impl Campaign {
         let seed = self.seed;
         let name = self.writers[machine].name.clone();
         let reference = format!("{name}/{disk}@{history}:lsn:{asked}");
-        let Some(answer) = rig.snapshot(&reference, allow_incomplete) else { return };
+        let Some(answer) = rig.snapshot(&reference, allow_incomplete) else {
+            return;
+        };
         // What the engine said meanwhile decides which batches are whole, and which bulk is there.
         self.hear(rig);
         let model = &self.known.model;
-        let shown = if allow_incomplete { asked } else { model.shown(history, disk, asked) };
+        let shown = if allow_incomplete {
+            asked
+        } else {
+            model.shown(history, disk, asked)
+        };
         let is_whole = allow_incomplete || model.is_copied(history, disk, shown);
         let taken = match answer {
             Ok(taken) => taken,
@@ -256,7 +299,10 @@ impl Campaign {
             Err(SeedError::Refused { .. }) if !self.known.opened.contains(&history) => return,
             Err(error) => panic!("seed {seed}: {reference}: {error}"),
         };
-        assert!(is_whole, "seed {seed}: {reference} shows {shown}, which is not whole");
+        assert!(
+            is_whole,
+            "seed {seed}: {reference} shows {shown}, which is not whole"
+        );
         assert_eq!(taken.snapshot.lsn, shown, "seed {seed}: {reference}");
         if shown < asked {
             self.report.count("shown-before-batch");
@@ -269,8 +315,14 @@ impl Campaign {
         }
         let expected = model.image(history, disk, shown);
         let view = rig.view(&taken);
-        let Some(found) = rig.read(&*view, 0, expected.len() * 4096) else { return };
-        assert_eq!(view.geometry().size_bytes, expected.len() as u64 * 4096, "seed {seed}");
+        let Some(found) = rig.read(&*view, 0, expected.len() * 4096) else {
+            return;
+        };
+        assert_eq!(
+            view.geometry().size_bytes,
+            expected.len() as u64 * 4096,
+            "seed {seed}"
+        );
         if self.is_faulty && found.is_err() {
             return;
         }
@@ -298,21 +350,35 @@ impl Campaign {
         let name = self.name_of(run.machine).to_owned();
         for lsn in BTreeSet::from([durable, middle]) {
             let reference = format!("{name}/{}@{history}:lsn:{lsn}", run.disk);
-            let Some(answer) = rig.snapshot(&reference, false) else { return };
+            let Some(answer) = rig.snapshot(&reference, false) else {
+                return;
+            };
             let taken = answer.unwrap_or_else(|e| panic!("seed {seed}: {reference}: {e}"));
             assert_eq!(taken.snapshot.lsn, lsn, "seed {seed}: {reference}");
             let expected = run.image(lsn);
             let view = rig.view(&taken);
-            let Some(found) = rig.read(&*view, 0, expected.len()) else { return };
+            let Some(found) = rig.read(&*view, 0, expected.len()) else {
+                return;
+            };
             let found = found.unwrap_or_else(|error| panic!("seed {seed}: {reference}: {error}"));
-            let place = found.iter().zip(&expected).position(|(found, right)| found != right);
+            let place = found
+                .iter()
+                .zip(&expected)
+                .position(|(found, right)| found != right);
             if place.is_some() && std::env::var("DEBUG_STORE").is_ok() {
                 let at = place.unwrap_or(0);
                 eprintln!("{run:?} durable {durable}");
-                eprintln!("found {:02x?} expected {:02x?}", &found[at..at + 16], &expected[at..at + 16]);
+                eprintln!(
+                    "found {:02x?} expected {:02x?}",
+                    &found[at..at + 16],
+                    &expected[at..at + 16]
+                );
                 eprintln!("{:#?}", taken.snapshot);
             }
-            assert!(place.is_none(), "seed {seed}: {reference} differs at {place:?}");
+            assert!(
+                place.is_none(),
+                "seed {seed}: {reference} differs at {place:?}"
+            );
         }
     }
 
@@ -327,11 +393,17 @@ impl Campaign {
                     let blocks = bulk.first as u64..(bulk.first + bulk.stamps.len()) as u64;
                     bulk.disk == id && blocks.contains(&block)
                 });
-                assert!(is_there, "seed {}: block {block} was never copied", self.seed);
+                assert!(
+                    is_there,
+                    "seed {}: block {block} was never copied",
+                    self.seed
+                );
             }
         }
-        let is_copied =
-            self.known.model.is_copied(history, id, Lsn(u64::MAX).min(model.durable));
+        let is_copied = self
+            .known
+            .model
+            .is_copied(history, id, Lsn(u64::MAX).min(model.durable));
         assert_eq!(declared.has_copy, is_copied, "seed {}", self.seed);
         if declared.is_in_batch {
             self.report.count("batch-unfinished");
@@ -344,12 +416,19 @@ fn present_bulk(rig: &StoreRig, files: &[StoreFile], seed: u64) -> BTreeSet<Bulk
     let store: StoreId = rig.engine.store();
     let mut present = BTreeSet::new();
     for file in files {
-        let StoreFile::Seed(segment) = *file else { continue };
-        let bytes = rig.storage.read_live(&seed_file(segment)).expect("a named segment is there");
+        let StoreFile::Seed(segment) = *file else {
+            continue;
+        };
+        let bytes = rig
+            .storage
+            .read_live(&seed_file(segment))
+            .expect("a named segment is there");
         let footer = SeedFooter::find(&bytes[bytes.len() - 2 * SECTOR..], store, segment);
         let footer = footer.unwrap_or_else(|damage| panic!("seed {seed}: {damage}"));
         let at = usize::try_from(footer.directory_offset).expect("a small file");
-        let (_, entries) = footer.decode_directory(&bytes[at..]).expect("a whole directory");
+        let (_, entries) = footer
+            .decode_directory(&bytes[at..])
+            .expect("a whole directory");
         for entry in entries {
             let context = entry.context;
             let (cell, mask) = (context.cell.0, context.mask);

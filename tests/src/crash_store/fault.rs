@@ -6,6 +6,7 @@
 //! * a failure that the store cannot bear ends it, and it can be started again at once.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use afterimage_blockdev::simulated::{
     CompletionOrder, Fault, FaultEffect, SimulatedOptions, SimulatedStorage,
@@ -36,6 +37,8 @@ pub const FAULT_REGRESSIONS: &[u64] = &[];
 
 /// Room that is always enough.
 const ROOM: u64 = 1 << 40;
+/// How long a store is waited for while its medium fails.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Steps in which a store that has room again must come to rest.
 const STEPS_MAX: u64 = 200_000;
 
@@ -69,16 +72,22 @@ pub fn fault_seed(seed: u64) -> Report {
 impl Campaign {
     fn run_faults(&mut self) {
         let order = CompletionOrder::Random;
-        let options = SimulatedOptions { order, ..SimulatedOptions::default() };
+        let options = SimulatedOptions {
+            order,
+            ..SimulatedOptions::default()
+        };
         let storage = SimulatedStorage::new(self.random.next_u64(), options);
         for _ in 0..GENERATIONS {
-            let Some(mut rig) = self.start_faulty(&storage) else { continue };
+            let Some(mut rig) = self.start_faulty(&storage) else {
+                continue;
+            };
             for machine in 0..self.writers.len() {
                 self.writers[machine].stream = None;
                 self.restart_writer(machine, 0.4);
             }
             self.is_faulty = true;
             self.inject(&storage, 300);
+            rig.patience = PATIENCE;
             self.work(&mut rig);
             storage.clear_faults();
             storage.set_capacity(ROOM);
@@ -109,6 +118,7 @@ impl Campaign {
             self.inject(storage, 30);
             let seed = self.random.next_u64();
             let mut rig = StoreRig::new(storage, &self.clock, self.options.clone(), seed);
+            rig.patience = PATIENCE;
             let is_ready = rig.run_until(|rig| rig.is_ready);
             storage.clear_faults();
             storage.set_capacity(ROOM);
@@ -129,7 +139,11 @@ impl Campaign {
         let mut rig = StoreRig::new(storage, &self.clock, self.options.clone(), seed);
         rig.run_until(|rig| rig.is_ready);
         let seed = self.seed;
-        assert!(rig.is_ready, "seed {seed}: no start after a failure: {:?}", rig.failure);
+        assert!(
+            rig.is_ready,
+            "seed {seed}: no start after a failure: {:?}",
+            rig.failure
+        );
         self.check(&mut rig);
         self.report.images += 1;
         Some(rig)
@@ -159,7 +173,11 @@ impl Campaign {
         let effects = [FaultEffect::Io, FaultEffect::NoSpace, FaultEffect::Short];
         storage.inject(Fault {
             operation,
-            skip: self.random.below(if operation.is_some() { skip_max / 4 } else { skip_max }),
+            skip: self.random.below(if operation.is_some() {
+                skip_max / 4
+            } else {
+                skip_max
+            }),
             effect: effects[self.random.index(3)],
             is_permanent: self.random.chance(0.4),
         });
@@ -183,15 +201,43 @@ impl Campaign {
             }
         }
         self.hear(rig);
-        assert!(self.is_at_rest(), "seed {}: the store does not go on", self.seed);
+        if !self.is_at_rest() && std::env::var("DEBUG_STORE").is_ok() {
+            for writer in &self.writers {
+                let bulk = &self.known.model.histories[&writer.history].bulk;
+                let bulk: Vec<_> = bulk
+                    .iter()
+                    .filter(|b| !b.is_acknowledged)
+                    .map(|b| b.number)
+                    .collect();
+                let sent: Vec<_> = writer
+                    .kept
+                    .iter()
+                    .filter(|k| k.is_sent)
+                    .map(|k| k.frame.header.last)
+                    .collect();
+                eprintln!(
+                    "{} {:?} sent {sent:?} bulk {bulk:?}",
+                    writer.name, writer.stream
+                );
+            }
+            eprintln!("{:#?}", rig.engine.describe());
+        }
+        assert!(
+            self.is_at_rest(),
+            "seed {}: the store does not go on",
+            self.seed
+        );
     }
 
     fn is_at_rest(&self) -> bool {
-        self.writers.iter().filter(|writer| writer.stream.is_some()).all(|writer| {
-            let history = &self.known.model.histories[&writer.history];
-            let is_sent = writer.kept.iter().any(|kept| kept.is_sent);
-            !is_sent && history.bulk.iter().all(|bulk| bulk.is_acknowledged)
-        })
+        self.writers
+            .iter()
+            .filter(|writer| writer.stream.is_some())
+            .all(|writer| {
+                let history = &self.known.model.histories[&writer.history];
+                let is_sent = writer.kept.iter().any(|kept| kept.is_sent);
+                !is_sent && history.bulk.iter().all(|bulk| bulk.is_acknowledged)
+            })
     }
 }
 

@@ -27,8 +27,8 @@ use afterimage_blockdev::simulated::{
     CompletionOrder, SimulatedClock, SimulatedOptions, SimulatedStorage,
 };
 use afterimage_blockdev::{DiskId, HistoryId, Lsn, MachineId, Random};
-use afterimage_seed::engine::EngineOptions;
 use afterimage_seed::RequestId;
+use afterimage_seed::engine::EngineOptions;
 
 use crate::report::Report;
 use crate::store_model::{Model, Point};
@@ -37,7 +37,6 @@ use crate::store_writer::Writer;
 use branch::BranchRun;
 
 pub use fault::{FAULT_MUST_OCCUR, FAULT_REGRESSIONS, fault_campaign, fault_seed};
-
 
 /// Events without which a campaign proves too little.
 pub const MUST_OCCUR: &[&str] = &[
@@ -196,7 +195,10 @@ impl Campaign {
         } else {
             CompletionOrder::Submission
         };
-        let options = SimulatedOptions { order, ..SimulatedOptions::default() };
+        let options = SimulatedOptions {
+            order,
+            ..SimulatedOptions::default()
+        };
         let mut storage = SimulatedStorage::new(self.random.next_u64(), options);
         for _ in 0..GENERATIONS {
             let Some(mut rig) = self.start(&storage) else {

@@ -86,7 +86,9 @@ impl Campaign {
         if !self.known.model.histories.contains_key(&writer.history) {
             writer.declare(&mut self.known.model);
         }
-        let Some(answer) = rig.ask(request) else { return false };
+        let Some(answer) = rig.ask(request) else {
+            return false;
+        };
         let opened = match answer {
             Ok(Response::Stream(opened)) => opened,
             other => panic!("seed {}: {other:?} for an open stream", self.seed),
@@ -97,7 +99,12 @@ impl Campaign {
         let writer = &mut self.writers[machine];
         writer.stream = Some(opened.stream);
         writer.reopened(opened.durable);
-        let model = self.known.model.histories.get_mut(&history).expect("declared");
+        let model = self
+            .known
+            .model
+            .histories
+            .get_mut(&history)
+            .expect("declared");
         model.durable = model.durable.max(opened.durable);
         for disk in 0..writer.disks.len() {
             let request = Request::DeclareDisk {
@@ -107,23 +114,36 @@ impl Campaign {
                 size_bytes: self.writers[machine].disks[disk].blocks as u64 * 4096,
                 logical_block_bytes: 512,
             };
-            let Some(answer) = rig.ask(request) else { return false };
+            let Some(answer) = rig.ask(request) else {
+                return false;
+            };
             let declared = match answer {
                 Ok(Response::Disk(declared)) => declared,
                 other => {
                     if std::env::var("DEBUG_STORE").is_ok() {
                         let w = &self.writers[machine];
                         for (id, h) in &self.known.model.histories {
-                            let grows: Vec<_> = h.records.iter().filter(|r| matches!(r.change, crate::store_model::Change::Grow{..})).collect();
+                            let grows: Vec<_> = h
+                                .records
+                                .iter()
+                                .filter(|r| {
+                                    matches!(r.change, crate::store_model::Change::Grow { .. })
+                                })
+                                .collect();
                             eprintln!("{id} {:?} durable {} {grows:?}", h.parent, h.durable);
                         }
-                        eprintln!("writer {} {:?} disk {}", w.history, w.parent, w.disks[disk].id);
+                        eprintln!(
+                            "writer {} {:?} disk {}",
+                            w.history, w.parent, w.disks[disk].id
+                        );
                     }
                     panic!("seed {}: {other:?} for a disk", self.seed)
                 }
             };
             self.hear(rig);
-            self.known.declared.insert(self.writers[machine].disks[disk].id);
+            self.known
+                .declared
+                .insert(self.writers[machine].disks[disk].id);
             self.check_declared(machine, disk, &declared);
             self.writers[machine].set_keys(disk, &declared.key, opened.tag_key);
         }
@@ -181,7 +201,11 @@ impl Campaign {
 
     fn some_lsn(&mut self, history: HistoryId) -> Lsn {
         let durable = self.known.model.histories[&history].durable;
-        if self.random.chance(0.3) { durable } else { Lsn(self.random.below(durable.0 + 1)) }
+        if self.random.chance(0.3) {
+            durable
+        } else {
+            Lsn(self.random.below(durable.0 + 1))
+        }
     }
 
     fn create_point(&mut self, rig: &mut StoreRig, machine: usize) {
@@ -194,11 +218,21 @@ impl Campaign {
         } else {
             (None, Lsn(u64::MAX))
         };
-        let point = Point { history, lsn: cut, is_acknowledged: false, is_dropping: false };
+        let point = Point {
+            history,
+            lsn: cut,
+            is_acknowledged: false,
+            is_dropping: false,
+        };
         self.known.points.insert((id, name.clone()), point);
         let machine = self.writers[machine].name.clone();
-        let request = rig.request(Request::CreatePoint { machine, name: Some(name.clone()), at });
-        self.waiting.insert(request, Waiting::Point { machine: id, name });
+        let request = rig.request(Request::CreatePoint {
+            machine,
+            name: Some(name.clone()),
+            at,
+        });
+        self.waiting
+            .insert(request, Waiting::Point { machine: id, name });
     }
 
     fn drop_point(&mut self, rig: &mut StoreRig) {
@@ -211,12 +245,22 @@ impl Campaign {
             .map(|(key, _)| key.clone())
             .collect();
         let place = self.random.index(points.len());
-        let Some((id, name)) = points.into_iter().nth(place) else { return };
-        let point = self.known.points.get_mut(&(id, name.clone())).expect("a known point");
+        let Some((id, name)) = points.into_iter().nth(place) else {
+            return;
+        };
+        let point = self
+            .known
+            .points
+            .get_mut(&(id, name.clone()))
+            .expect("a known point");
         point.is_dropping = true;
         let machine = self.name_of(id).to_owned();
-        let request = rig.request(Request::DeletePoint { machine, name: name.clone() });
-        self.waiting.insert(request, Waiting::PointDropped { machine: id, name });
+        let request = rig.request(Request::DeletePoint {
+            machine,
+            name: name.clone(),
+        });
+        self.waiting
+            .insert(request, Waiting::PointDropped { machine: id, name });
     }
 
     fn fork(&mut self, rig: &mut StoreRig, machine: usize) {
@@ -243,7 +287,10 @@ impl Campaign {
         let name = self.name_of(id);
         let reference = format!("{name}/{disk}@{history}:lsn:{lsn}");
         let reference = reference.parse().expect("a reference");
-        let request = rig.request(Request::Fork { reference, allow_incomplete: false });
+        let request = rig.request(Request::Fork {
+            reference,
+            allow_incomplete: false,
+        });
         self.waiting.insert(request, Waiting::Fork { machine });
     }
 
@@ -259,7 +306,10 @@ impl Campaign {
         let device = rig.branch(branch);
         let id = self.writers[machine].machine;
         let parent = Some((branch.parent, branch.fork));
-        self.known.model.histories.insert(branch.history, History::new(parent, true));
+        self.known
+            .model
+            .histories
+            .insert(branch.history, History::new(parent, true));
         let run = BranchRun::new(id, disk, branch.fork, base, device);
         self.known.branches.insert(branch.history, run);
         self.known.opened.push(branch.history);
@@ -268,8 +318,15 @@ impl Campaign {
 
     fn drop_branch(&mut self, rig: &mut StoreRig) {
         let place = self.random.index(self.known.branches.len());
-        let Some(history) = self.known.branches.keys().nth(place).copied() else { return };
-        let model = self.known.model.histories.get_mut(&history).expect("a known branch");
+        let Some(history) = self.known.branches.keys().nth(place).copied() else {
+            return;
+        };
+        let model = self
+            .known
+            .model
+            .histories
+            .get_mut(&history)
+            .expect("a known branch");
         if model.is_dropping || self.random.chance(0.5) {
             return;
         }
@@ -310,12 +367,19 @@ impl Campaign {
     pub(super) fn restart_writer(&mut self, machine: usize, chance: f64) {
         let is_restarted = self.random.chance(chance);
         let writer = &mut self.writers[machine];
-        let Some(history) = self.known.model.histories.get(&writer.history) else { return };
+        let Some(history) = self.known.model.histories.get(&writer.history) else {
+            return;
+        };
         if !is_restarted || history.frames.is_empty() {
             return;
         }
         let durable = history.durable;
-        let highest = history.bulk.iter().map(|bulk| bulk.lsn).max().unwrap_or_default();
+        let highest = history
+            .bulk
+            .iter()
+            .map(|bulk| bulk.lsn)
+            .max()
+            .unwrap_or_default();
         writer.restart(highest, durable);
         for disk in &mut writer.disks {
             let last = Lsn(u64::MAX);
@@ -349,8 +413,12 @@ impl Campaign {
         while let Some(event) = rig.events.pop_front() {
             self.event(rig, event);
         }
-        let answered: Vec<_> =
-            rig.replies.keys().filter(|id| self.waiting.contains_key(*id)).copied().collect();
+        let answered: Vec<_> = rig
+            .replies
+            .keys()
+            .filter(|id| self.waiting.contains_key(*id))
+            .copied()
+            .collect();
         for id in answered {
             let answer = rig.replies.remove(&id);
             if let (Some(waiting), Some(answer)) = (self.waiting.remove(&id), answer) {
@@ -361,7 +429,9 @@ impl Campaign {
 
     fn event(&mut self, rig: &mut StoreRig, event: Event) {
         match event {
-            Event::Durable { stream, durable, .. } => {
+            Event::Durable {
+                stream, durable, ..
+            } => {
                 let Some(writer) = self.writers.iter_mut().find(|w| w.stream == Some(stream))
                 else {
                     return;
@@ -369,7 +439,11 @@ impl Campaign {
                 writer.acknowledged(durable);
                 let history = self.known.model.histories.get_mut(&writer.history);
                 let history = history.expect("a declared history");
-                assert!(durable <= writer.last, "seed {}: durable beyond the end", self.seed);
+                assert!(
+                    durable <= writer.last,
+                    "seed {}: durable beyond the end",
+                    self.seed
+                );
                 history.acknowledged = history.acknowledged.max(durable);
                 history.durable = history.durable.max(durable);
             }
@@ -384,7 +458,12 @@ impl Campaign {
                     self.report.count("bulk-acknowledged");
                 }
             }
-            Event::PlaceMark { stream, request, name, .. } => {
+            Event::PlaceMark {
+                stream,
+                request,
+                name,
+                ..
+            } => {
                 let found = self.writers.iter().position(|w| w.stream == Some(stream));
                 let Some(machine) = found else { return };
                 let lsn = self.writers[machine].mark(request, &name);
@@ -397,7 +476,10 @@ impl Campaign {
                 self.send(rig, machine);
             }
             Event::Over { stream, end } => {
-                let is_open = self.writers.iter().any(|writer| writer.stream == Some(stream));
+                let is_open = self
+                    .writers
+                    .iter()
+                    .any(|writer| writer.stream == Some(stream));
                 let is_expected = !is_open || end == StreamEnd::Fenced;
                 assert!(is_expected, "seed {}: a stream ended: {end:?}", self.seed);
             }
@@ -416,8 +498,16 @@ impl Campaign {
         match (waiting, answer) {
             (Waiting::Point { machine, name }, Ok(Response::Point(record))) => {
                 assert_eq!(record.name, name, "seed {seed}");
-                let point = self.known.points.get_mut(&(machine, name)).expect("asked for");
-                assert_eq!((record.history, record.lsn), (point.history, point.lsn), "seed {seed}");
+                let point = self
+                    .known
+                    .points
+                    .get_mut(&(machine, name))
+                    .expect("asked for");
+                assert_eq!(
+                    (record.history, record.lsn),
+                    (point.history, point.lsn),
+                    "seed {seed}"
+                );
                 point.is_acknowledged = true;
                 self.report.count("point-acknowledged");
             }

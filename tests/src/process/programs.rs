@@ -39,12 +39,24 @@ impl Outcome {
     }
 }
 
-/// Runs a program in a directory, whatever comes of it.
+/// Seconds after which a program is killed: exit code 137 then.
+const PROGRAM_SECONDS_MAX: &str = "120";
+
+/// Runs a program to its end, whatever comes of it; a test never waits for one for ever.
 ///
 /// # Panics
 /// When it cannot be started.
 pub fn outcome_of(command: &mut Command) -> Outcome {
-    match command.output() {
+    let mut bounded = Command::new("timeout");
+    bounded.args(["--signal=KILL", PROGRAM_SECONDS_MAX]);
+    bounded.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        bounded.env(name, value.unwrap_or_default());
+    }
+    if let Some(directory) = command.get_current_dir() {
+        bounded.current_dir(directory);
+    }
+    match bounded.output() {
         Ok(output) => output.into(),
         Err(error) => panic!("{command:?} cannot be started: {error}"),
     }

@@ -104,9 +104,8 @@ impl Scene {
     pub fn start(setup: &Setup) -> Self {
         let mut scene = Self::server_only(Self::directory(), setup);
         let token = scene.token();
-        scene
-            .enrol(&scene.state_dir.clone(), &token)
-            .refuses(0, &[]);
+        let enrolled = scene.enrol(&scene.state_dir, &token);
+        assert_eq!(enrolled.code, 0, "{enrolled:?}");
         scene.start_agent();
         scene.connected();
         scene

@@ -39,7 +39,10 @@ impl LocalClient {
         let (status, body) = self
             .answer()
             .map_err(BenchError::io("read the appliance's answer"))?;
-        let is_success = status.split(' ').nth(1).is_some_and(|code| code.starts_with('2'));
+        let is_success = status
+            .split(' ')
+            .nth(1)
+            .is_some_and(|code| code.starts_with('2'));
         if !is_success {
             return Err(BenchError::Answer { status, body });
         }
@@ -61,7 +64,9 @@ impl LocalClient {
                 length = value.trim().parse::<usize>().ok();
             }
         }
-        let length = length.filter(|length| *length <= ANSWER_BYTES_MAX).ok_or_else(malformed)?;
+        let length = length
+            .filter(|length| *length <= ANSWER_BYTES_MAX)
+            .ok_or_else(malformed)?;
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body)?;
         Ok((status, String::from_utf8(body).map_err(|_| malformed())?))

@@ -57,7 +57,9 @@ pub(crate) fn run(args: &LoadArgs) -> Result<(), BenchError> {
         let line = line.map_err(BenchError::io("read a command"))?;
         let answer = match line.split_once(' ') {
             Some(("prepare", bytes)) => {
-                let bytes = bytes.parse().map_err(|_| BenchError::usage("prepare BYTES"))?;
+                let bytes = bytes
+                    .parse()
+                    .map_err(|_| BenchError::usage("prepare BYTES"))?;
                 load.prepare(bytes, args)
             }
             None if line == "replay" => runtime.block_on(load.replay())?,
@@ -97,7 +99,8 @@ impl Load {
             let session = Arc::new(session);
             load.tasks.spawn(Arc::clone(&session).run(stream));
             let keys = load.unless_broken(session.keys()).await?;
-            load.machines.push(Machine::new(&session.identity, keys, args.disk_bytes, seed));
+            load.machines
+                .push(Machine::new(&session.identity, keys, args.disk_bytes, seed));
             load.sessions.push(session);
         }
         Ok(load)

@@ -98,7 +98,11 @@ pub(crate) fn prepare(machines: &mut [Machine], bytes: u64, frame_records: usize
         }
     });
     let frames: Vec<Vec<PoolFrame>> = made.into_iter().map(Mutex::into_inner).collect();
-    let frame_bytes = frames.iter().flatten().map(|frame| length(&frame.bytes)).sum();
+    let frame_bytes = frames
+        .iter()
+        .flatten()
+        .map(|frame| length(&frame.bytes))
+        .sum();
     Prepared {
         frames,
         user_bytes: frames_each * count * frame_user,

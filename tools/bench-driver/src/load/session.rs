@@ -60,7 +60,10 @@ impl Session {
         let stream = TcpStream::connect(&address).await.map_err(at())?;
         stream.set_nodelay(true).map_err(at())?;
         let name = server_name(&known.server_host)?;
-        let stream = TlsConnector::from(tls).connect(name, stream).await.map_err(at())?;
+        let stream = TlsConnector::from(tls)
+            .connect(name, stream)
+            .await
+            .map_err(at())?;
         let identity = StreamIdentity {
             program: concat!("afterimage-bench ", env!("CARGO_PKG_VERSION")).to_owned(),
             machine: known.machine,
