@@ -7,8 +7,6 @@
 //! * What must be in a replica is known from what the writer was told, never from the product.
 
 mod damage;
-mod full;
-mod input;
 mod kill;
 mod load;
 mod network;

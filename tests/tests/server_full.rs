@@ -44,7 +44,7 @@ impl SmallDisk {
 
 #[test]
 fn server_disk_full() {
-    require(&["blockdev", "fallocate"]);
+    require(&["blockdev", "fallocate", "fsfreeze"]);
     let outer = Scene::directory();
     let small = SmallDisk::new(outer.path(), 600 * MIB);
     let small_path = small.mount.as_ref().unwrap().path.clone();

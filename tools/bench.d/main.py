@@ -44,6 +44,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true",
                         help="seconds instead of minutes: shows that it runs, measures nothing")
     parser.add_argument("--list", action="store_true", help="list the keys, and end")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -56,7 +57,8 @@ def choose(names):
     keys = [key for unit in UNITS for key in unit.keys]
     for name in names:
         if not any(is_wanted(key, [name]) for key in keys):
-            sys.exit(f"bench: there is no {name}; --list shows the keys")
+            say(f"bench: there is no {name}; --list shows the keys", file=sys.stderr)
+            sys.exit(2)
     chosen = ((unit, {key for key in unit.keys if is_wanted(key, names)}) for unit in UNITS)
     return [(unit, wanted) for unit, wanted in chosen if wanted]
 
@@ -73,6 +75,8 @@ def main():
     if os.geteuid() != 0:
         sys.exit("bench: run it as root: it attaches loop devices and drops caches")
     chosen = choose(args.names)
+    if args.check:
+        return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)
     report = Report(is_quick=args.quick)
