@@ -437,11 +437,18 @@ impl StoreRig {
         op: BlockOp,
     ) -> Option<Result<BlockOutcome, BlockError>> {
         let slot = Self::submit(device, op);
+        self.wait(&slot)
+    }
+
+    /// Waits for a device request; `None` when the medium stops before it is done.
+    pub fn wait(&mut self, slot: &Slot) -> Option<Result<BlockOutcome, BlockError>> {
+        let begun = self.clock.monotonic();
         loop {
             if let Some(result) = slot.take() {
                 return Some(result);
             }
-            if !self.run_one() && !self.wake() {
+            let waited = self.clock.monotonic().since(begun);
+            if waited > self.patience || !(self.run_one() || self.wake()) {
                 return slot.take();
             }
         }

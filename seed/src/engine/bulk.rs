@@ -224,7 +224,9 @@ impl Engine {
         if self.bulk.open == Some(id) {
             self.bulk.open = None;
         }
-        let Some(segment) = self.bulk.all.get_mut(&id) else { return };
+        let Some(segment) = self.bulk.all.get_mut(&id) else {
+            return;
+        };
         if let Some(builder) = segment.builder.take() {
             let (offset, buffer, root) = builder.finish();
             segment.root = root;
@@ -237,10 +239,14 @@ impl Engine {
 
     fn retry_bulk(&mut self, out: &mut Vec<Output>) {
         let now = self.now;
-        let later = self.bulk.all.values().filter_map(|segment| match segment.step {
-            Step::Retry(at) if at > now => Some(at),
-            _ => None,
-        });
+        let later = self
+            .bulk
+            .all
+            .values()
+            .filter_map(|segment| match segment.step {
+                Step::Retry(at) if at > now => Some(at),
+                _ => None,
+            });
         out.extend(later.min().map(Output::WakeAt));
         let waits = |segment: &BulkSegment| matches!(segment.step, Step::Retry(at) if at <= now);
         let due: Vec<_> = self
@@ -441,4 +447,15 @@ fn add_frame(segment: &mut BulkSegment, frame: &Frame) {
         }
     }
 }
-impl BulkSegments { pub(super) fn describe(&self) -> String { format!("open {:?} {:?}", self.open, self.all.iter().map(|(i,s)| (*i, s.step, s.in_flight, s.writes.len(), s.is_sealing)).collect::<Vec<_>>()) } }
+impl BulkSegments {
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "open {:?} {:?}",
+            self.open,
+            self.all
+                .iter()
+                .map(|(i, s)| (*i, s.step, s.in_flight, s.writes.len(), s.is_sealing))
+                .collect::<Vec<_>>()
+        )
+    }
+}

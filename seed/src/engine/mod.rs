@@ -28,31 +28,34 @@ mod start;
 mod state;
 mod status;
 mod views;
+mod words;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage_blockdev::{
-    AgentId, Clock, DiskId, Entropy, Epoch, HistoryId, KeyId, Lsn, MachineId, Monotonic, PointId,
-    SegmentId, Storage, StorageCompletion, StorageOp, StoreId, Timestamp, Token,
+    Clock, DiskId, Entropy, HistoryId, KeyId, Lsn, MachineId, Monotonic, PointId, SegmentId,
+    Storage, StorageCompletion, StorageOp, StoreId, Timestamp, Token,
 };
 use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
-use afterimage_cache::{Damage, DiskKey, Frame, KeySource};
+use afterimage_cache::{Damage, DiskKey, KeySource};
 use parking_lot::RwLock;
 
 use crate::error::SeedError;
 use crate::manifest::{Edit, Manifest, ManifestOutput, PointKind, PointRecord};
 use crate::reader::{Reader, ReaderOptions};
-use crate::reference::{At, Reference};
 use crate::run::RunId;
-use crate::section::Snapshot;
 use state::{DiskState, HistoryEntry, MachineState};
 
 /// Damage texts that are kept.
 const DAMAGE_MAX: usize = 1000;
 
 pub use status::{DiskInfo, EngineInfo, HistoryInfo, MachineInfo, Reach};
+pub use words::{
+    DeclaredDisk, Event, ForkedBranch, Input, OpenedStream, Output, Request, RequestId, Response,
+    StoreFile, StreamEnd, StreamNumber, TakenSnapshot,
+};
 
 /// Bounds and timers of an engine.
 #[derive(Clone, Debug)]
@@ -103,299 +106,6 @@ impl Default for EngineOptions {
             reader: ReaderOptions::default(),
         }
     }
-}
-
-/// Names a request; comes back with its reply.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct RequestId(pub u64);
-
-/// Names an open stream.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct StreamNumber(pub u64);
-
-/// What the engine is asked.
-#[derive(Debug)]
-pub enum Request {
-    /// Opens the stream of a history as its writer.
-    OpenStream {
-        /// The machine.
-        machine: MachineId,
-        /// Its name.
-        name: String,
-        /// The history.
-        history: HistoryId,
-        /// Where it forked off.
-        parent: Option<(HistoryId, Lsn)>,
-        /// Who makes the records.
-        origin: AgentId,
-        /// The writer's epoch.
-        epoch: Epoch,
-    },
-    /// Ends a stream.
-    CloseStream(StreamNumber),
-    /// Declares a disk of a stream's machine.
-    DeclareDisk {
-        /// The stream.
-        stream: StreamNumber,
-        /// The disk.
-        disk: DiskId,
-        /// Its name.
-        name: String,
-        /// Its size.
-        size_bytes: u64,
-        /// Smallest unit of a request.
-        logical_block_bytes: u32,
-    },
-    /// Names a cut: the present one (by a mark, when a stream is open), or one that is given.
-    CreatePoint {
-        /// The machine's name or identity.
-        machine: String,
-        /// The point's name.
-        name: Option<String>,
-        /// The cut.
-        at: Option<At>,
-    },
-    /// Deletes a point.
-    DeletePoint {
-        /// The machine's name or identity.
-        machine: String,
-        /// The point's name.
-        name: String,
-    },
-    /// Lists points.
-    ListPoints {
-        /// The machine's name or identity.
-        machine: String,
-        /// Those after this one.
-        after: PointId,
-        /// At most so many.
-        limit: usize,
-    },
-    /// Takes a snapshot.
-    Snapshot {
-        /// Of what.
-        reference: Reference,
-        /// Also inside an unfinished copy.
-        allow_incomplete: bool,
-    },
-    /// Takes a snapshot of the newest state of a disk, as it is, for comparing.
-    NewestState {
-        /// The stream whose machine it is.
-        stream: StreamNumber,
-        /// The disk.
-        disk: DiskId,
-    },
-    /// Forks a history.
-    Fork {
-        /// From where.
-        reference: Reference,
-        /// Also inside an unfinished copy.
-        allow_incomplete: bool,
-    },
-    /// Drops a branch.
-    DropBranch(HistoryId),
-    /// Takes a machine away from its writer.
-    Fence {
-        /// The machine.
-        machine: MachineId,
-        /// Who may write from now on.
-        holder: AgentId,
-    },
-    /// Describes everything.
-    Info,
-    /// Lists the files that count, for verification.
-    Files,
-}
-
-/// An opened stream.
-#[derive(Clone, Debug)]
-pub struct OpenedStream {
-    /// The stream.
-    pub stream: StreamNumber,
-    /// Highest durable LSN.
-    pub durable: Lsn,
-    /// Highest LSN seen, bulk included.
-    pub highest: Lsn,
-    /// Keys the content tags.
-    pub tag_key: [u8; 32],
-}
-
-/// A declared disk.
-#[derive(Clone, Debug)]
-pub struct DeclaredDisk {
-    /// Its key.
-    pub key: DiskKey,
-    /// A whole copy is here.
-    pub has_copy: bool,
-    /// A batch of it was begun and not ended.
-    pub is_in_batch: bool,
-    /// Durable bulk of that batch, as ranges of blocks.
-    pub bulk_done: Vec<(u64, u64)>,
-}
-
-/// A snapshot and how it came about.
-#[derive(Clone, Debug)]
-pub struct TakenSnapshot {
-    /// The snapshot.
-    pub snapshot: Arc<Snapshot>,
-    /// The machine.
-    pub machine: MachineId,
-    /// Time of its LSN.
-    pub time: Timestamp,
-    /// What was asked for was inside a batch.
-    pub resolved_to_batch_begin: bool,
-    /// The machine's tag key.
-    pub tag_key: [u8; 32],
-}
-
-/// A forked history.
-#[derive(Clone, Debug)]
-pub struct ForkedBranch {
-    /// The stream on which the branch writes.
-    pub stream: OpenedStream,
-    /// The branch's history.
-    pub history: HistoryId,
-    /// The state it began with, seen as the branch.
-    pub taken: TakenSnapshot,
-    /// The history forked from.
-    pub parent: HistoryId,
-    /// The LSN forked from.
-    pub fork: Lsn,
-    /// The disk's key.
-    pub key: DiskKey,
-    /// The writer.
-    pub origin: AgentId,
-}
-
-/// A file of the store that counts.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum StoreFile {
-    /// A segment of the log.
-    Log(SegmentId),
-    /// A seed segment.
-    Seed(SegmentId),
-    /// A run.
-    Run(RunId),
-}
-
-/// An answer.
-#[derive(Debug)]
-pub enum Response {
-    /// Of `OpenStream`.
-    Stream(OpenedStream),
-    /// Of `DeclareDisk`.
-    Disk(DeclaredDisk),
-    /// Of `CreatePoint`.
-    Point(PointRecord),
-    /// Of `ListPoints`: the page and how many there are.
-    Points(Vec<PointRecord>, u64),
-    /// Of `Snapshot` and `NewestState`.
-    Snapshot(TakenSnapshot),
-    /// Of `Fork`.
-    Branch(Box<ForkedBranch>),
-    /// Of `Info`.
-    Info(EngineInfo),
-    /// Of `Files`.
-    Files(Vec<StoreFile>),
-    /// Of all others.
-    Done,
-}
-
-/// Why a stream ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum StreamEnd {
-    /// Another writer has a newer epoch.
-    Fenced,
-    /// A frame did not follow what is here: expected and found.
-    Gap(Lsn, Lsn),
-    /// A frame contradicts what is here.
-    Damaged,
-}
-
-/// What happened to a stream.
-#[derive(Debug)]
-pub enum Event {
-    /// Everything up to here is durable.
-    Durable {
-        /// The stream.
-        stream: StreamNumber,
-        /// The LSN.
-        durable: Lsn,
-        /// Bytes of the stream that still wait.
-        queued_bytes: u64,
-    },
-    /// A bulk frame is durable.
-    BulkDurable {
-        /// The stream.
-        stream: StreamNumber,
-        /// Its number.
-        number: u64,
-        /// Bytes of the stream that still wait.
-        queued_bytes: u64,
-    },
-    /// A mark is wanted.
-    PlaceMark {
-        /// The stream.
-        stream: StreamNumber,
-        /// Comes back as the mark's argument.
-        request: u64,
-        /// By a person.
-        is_bookmark: bool,
-        /// Name of the point.
-        name: String,
-    },
-    /// The stream is over.
-    Over {
-        /// The stream.
-        stream: StreamNumber,
-        /// Why.
-        end: StreamEnd,
-    },
-    /// Ingest waits for room.
-    Paused {
-        /// The budget, not the medium, is used up.
-        is_budget: bool,
-    },
-    /// Ingest goes on.
-    Resumed,
-}
-
-/// What the engine wants or tells.
-#[derive(Debug)]
-pub enum Output {
-    /// Perform this and bring the completion back.
-    Storage(Token, StorageOp),
-    /// Answers a request.
-    Reply(RequestId, Result<Response, SeedError>),
-    /// Something happened.
-    Event(Event),
-    /// Step again at this time at the latest.
-    WakeAt(Monotonic),
-    /// Recovery is done.
-    Ready,
-    /// The engine cannot go on.
-    Failed(SeedError),
-    /// `Stop` is done.
-    Stopped,
-}
-
-/// What the engine is told.
-#[derive(Debug)]
-pub enum Input {
-    /// Begins recovery.
-    Start,
-    /// A storage operation finished.
-    Storage(StorageCompletion),
-    /// Time has passed.
-    Tick,
-    /// A request.
-    Request(RequestId, Request),
-    /// An accepted frame of a stream.
-    Frame(StreamNumber, Frame),
-    /// An accepted bulk frame of a stream.
-    Bulk(StreamNumber, u64, Frame),
-    /// Makes all durable, writes what is open, seals the log.
-    Stop,
 }
 
 /// Whom a storage completion is for.
@@ -628,6 +338,7 @@ impl Engine {
                 self.retry_manifest(out);
             }
             Phase::Stopping => self.stop(out),
+            Phase::Manifest => self.retry_manifest(out),
             _ => {}
         }
     }
@@ -735,7 +446,9 @@ impl Engine {
     }
 
     fn retry_manifest(&mut self, out: &mut Vec<Output>) {
-        let Some(at) = self.manifest_retry_at else { return };
+        let Some(at) = self.manifest_retry_at else {
+            return;
+        };
         if at > self.now {
             out.push(Output::WakeAt(at));
         } else {
@@ -990,6 +703,14 @@ fn is_of_segment_end(damage: &Damage) -> bool {
 impl Engine {
     /// DEBUG
     pub fn describe(&self) -> String {
-        format!("{:?} paused {:?} log {:?} manifest {:?} bulk {:?} flush {:?}", self.phase, self.is_paused, self.log, self.manifest, self.bulk.describe(), self.flush.is_some())
+        format!(
+            "{:?} paused {:?} log {:?} manifest {:?} bulk {:?} flush {:?}",
+            self.phase,
+            self.is_paused,
+            self.log,
+            self.manifest,
+            self.bulk.describe(),
+            self.flush.is_some()
+        )
     }
 }

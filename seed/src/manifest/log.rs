@@ -190,8 +190,8 @@ impl Manifest {
 
     /// Tries again after the medium was full.
     pub fn retry(&mut self, out: &mut Vec<ManifestOutput>) {
-        if self.has_no_space {
-            self.has_no_space = false;
+        if core::mem::take(&mut self.has_no_space) {
+            self.rewrite(out);
             self.advance(out);
         }
     }
@@ -321,7 +321,9 @@ impl Manifest {
             Step::Create if matches!(error.kind, StorageErrorKind::Exists) => {
                 self.create_next(out);
             }
-            Step::Create | Step::Write if error.is_no_space() => self.wait_for_room(out),
+            Step::Create | Step::Write | Step::Rewrite if error.is_no_space() => {
+                self.wait_for_room(out);
+            }
             Step::WriteNext if error.is_no_space() => {
                 // The new file does not count; the present one goes on to.
                 if let Some(file) = self.next_file.take() {
@@ -468,18 +470,8 @@ impl Manifest {
                         offset: *offset,
                     });
                 }
-                // An earlier sync of it may have failed, so it is written once more.
-                let (offset, buffer) = (found.rewrite_at, IoBuffer::copy_of(found.rewrite()));
                 self.found = Some(*found);
-                self.ask(
-                    Step::Rewrite,
-                    StorageOp::Write {
-                        file,
-                        offset,
-                        buffer,
-                    },
-                    out,
-                );
+                self.rewrite(out);
             }
             // Its snapshot was not durable: the file before it counts.
             Walked::NotWhole => {
@@ -495,6 +487,22 @@ impl Manifest {
             Walked::Damaged(offset, damage) => {
                 out.push(ManifestOutput::Failed(damaged(name(), offset, damage)));
             }
+        }
+    }
+
+    /// An earlier sync of what was found may have failed, so it is written once more.
+    fn rewrite(&mut self, out: &mut Vec<ManifestOutput>) {
+        if let (Some(found), Some(file)) = (&self.found, self.file) {
+            let (offset, buffer) = (found.rewrite_at, IoBuffer::copy_of(found.rewrite()));
+            self.ask(
+                Step::Rewrite,
+                StorageOp::Write {
+                    file,
+                    offset,
+                    buffer,
+                },
+                out,
+            );
         }
     }
 

@@ -9,7 +9,7 @@ use afterimage_seed::BranchDevice;
 
 use super::Campaign;
 use crate::store_model::content;
-use crate::store_rig::{Slot, StoreRig};
+use crate::store_rig::StoreRig;
 
 const SECTOR: u64 = 512;
 
@@ -150,7 +150,7 @@ impl Campaign {
         device: &Arc<BranchDevice>,
     ) -> bool {
         let run = &self.known.branches[&history];
-        let (size, fork) = (run.size(), run.fork);
+        let size = run.size();
         let (offset, len) = some_range(&mut self.random, size);
         let mut data = vec![0; len];
         let is_zero = self.random.chance(0.2);
@@ -187,26 +187,27 @@ impl Campaign {
             .expect("a known branch");
         run.writes.push(BranchWrite { offset, data });
         let written = run.writes.len();
-        let slot: Arc<Slot> = StoreRig::submit(&**device, op);
-        loop {
-            if let Some(result) = slot.take() {
-                if result.is_err() && rig.failure.is_none() {
-                    // A part of a block could not be read, so nothing was written.
-                    assert!(self.is_faulty, "seed {}: {result:?}", self.seed);
-                    let run = self
-                        .known
-                        .branches
-                        .get_mut(&history)
-                        .expect("a known branch");
-                    run.writes.pop();
-                    return false;
-                }
-                if result.is_err() {
-                    return false;
-                }
-                break;
+        let slot = StoreRig::submit(&**device, op);
+        match rig.wait(&slot) {
+            Some(Ok(_)) => {}
+            Some(Err(error)) if rig.failure.is_none() => {
+                // A part of a block could not be read, so nothing was written.
+                assert!(self.is_faulty, "seed {}: {error}", self.seed);
+                self.known
+                    .branches
+                    .get_mut(&history)
+                    .expect("a known branch")
+                    .writes
+                    .pop();
+                return false;
             }
-            if !rig.run_one() && !rig.wake() {
+            _ => {
+                // It may yet take effect, so nothing more can be said of this one.
+                self.known
+                    .branches
+                    .get_mut(&history)
+                    .expect("a known branch")
+                    .device = None;
                 return false;
             }
         }
@@ -218,7 +219,6 @@ impl Campaign {
                 .expect("a known branch")
                 .flushed = written;
         }
-        let _ = fork;
         true
     }
 
