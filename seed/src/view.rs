@@ -118,7 +118,8 @@ fn read(
             }
             (Ok(Sink::Tags { .. }), _) => return,
             (Err(failure), _) => {
-                tracing::error!(block = failure.block.0, error = %failure.error, "view read failed");
+                let error = &failure.error;
+                tracing::error!(block = failure.block.0, %error, "view read failed");
                 Err(BlockError {
                     operation: "read",
                     offset,

@@ -1,6 +1,6 @@
 //! `kill -9` of the appliance, of the agent and of both, at random instants under load. Writers
-//! note outside of the disk what was acknowledged to them; all of that is in the replica afterwards,
-//! LSNs only rise, and after an agent's death only marked regions are read.
+//! note outside of the disk what was acknowledged to them; all of that is in the replica
+//! afterwards, LSNs only rise, and after an agent's death only marked regions are read.
 
 #![allow(clippy::unwrap_used)]
 

@@ -193,11 +193,11 @@ fn unsafe_stands_where_it_may_and_says_why() {
         let lines: Vec<&str> = text.lines().collect();
         for (index, line) in lines.iter().enumerate() {
             let code = line.trim_start();
-            let is_unsafe = has_ending(&path, &["rs"])
+            let is_meant = has_ending(&path, &["rs"])
                 && !code.starts_with("//")
                 && (code.contains(concat!("unsafe", " {"))
                     || code.starts_with(concat!("unsafe", " impl")));
-            if !is_unsafe {
+            if !is_meant {
                 continue;
             }
             let place = format!("{}:{}", local.display(), index + 1);

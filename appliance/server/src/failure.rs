@@ -30,7 +30,7 @@ pub enum StartError {
     },
     /// Another daemon runs.
     #[error(
-        "another afterimaged{holder} runs on {}; stop it first, or give this one another --data-dir",
+        "another afterimaged{holder} runs on {}; stop it first, or choose another --data-dir",
         path.display()
     )]
     Running {

@@ -3,7 +3,7 @@
 //! Operations are submitted with a token and complete in any order. Nothing here waits.
 //!
 //! # What is durable when
-//! * A completed [`StorageOp::Write`] is readable, and may be lost, torn or reordered by a power cut.
+//! * A completed [`StorageOp::Write`] is readable; a power cut may lose, tear or reorder it.
 //! * A completed [`StorageOp::Sync`] makes durable every write and length change *of that file*
 //!   that had completed before the sync was submitted.
 //! * Names (create, rename, remove) are durable after a completed [`StorageOp::SyncDirectory`] of

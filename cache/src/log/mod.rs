@@ -9,8 +9,8 @@
 //! * At most `commits_in_flight_max` commits are being written; a sync covers only writes that
 //!   completed before it was submitted.
 //! * A commit never follows one of another file that is not durable yet.
-//! * A failed sync or write ends the log: nothing is acknowledged afterwards. A write that fails for
-//!   want of room is tried again instead.
+//! * A failed sync or write ends the log: nothing is acknowledged afterwards. A write that
+//!   fails for want of room is tried again instead.
 //! * Segments go from the oldest on, each durably before the next, and the sequence never falls.
 //! * An idle commit follows the last data within `idle_commit`, so that damage below it is told
 //!   from a torn tail.
@@ -115,8 +115,8 @@ pub enum LogInput {
     Storage(StorageCompletion),
     /// Time has passed.
     Tick,
-    /// Segments whose commits all lie at or below this sequence are no longer needed. They go one by
-    /// one, from the oldest on; the last of all stays until a later commit is durable.
+    /// Segments whose commits all lie at or below this sequence are no longer needed. They go one
+    /// by one, from the oldest on; the last of all stays until a later commit is durable.
     Release {
         /// That sequence.
         through_sequence: u64,

@@ -96,7 +96,10 @@ fn impossible_fields_are_refused() {
 
 proptest! {
     #[test]
-    fn random_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..600), kind in 0u8..40) {
+    fn random_bytes_never_panic(
+        mut bytes in proptest::collection::vec(any::<u8>(), 0..600),
+        kind in 0u8..40,
+    ) {
         if let Some(place) = bytes.get_mut(56) {
             *place = kind;
         }

@@ -253,7 +253,8 @@ proptest! {
 
     #[test]
     fn changed_segments_never_panic(
-        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 1usize..600), 1..5),
+        changes in proptest::collection::vec(
+            (any::<prop::sample::Index>(), any::<u8>(), 1usize..600), 1..5),
         cut in any::<prop::sample::Index>(),
     ) {
         let (whole, _) = segment(6);

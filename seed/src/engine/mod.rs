@@ -13,11 +13,9 @@
 //! * A snapshot never changes: it is made of sealed sections, and what is open is sealed (in
 //!   memory) when a snapshot is taken.
 //!
-//! What may run beside what
-//!
-//! | | append | bulk | flush | snapshot | point |
-//! |---|---|---|---|---|---|
-//! | flush | heads were sealed at its begin | its parts were taken at its begin | never two | sees the sealed parts until the run replaces them | one manifest chain |
+//! What may run beside a flush: appends, for the heads were sealed at its begin; bulk, for its
+//! parts were taken at its begin; snapshots, which see the sealed parts until the run replaces
+//! them; points, which share the one manifest chain. Never a second flush.
 
 mod apply;
 mod bulk;

@@ -2,8 +2,8 @@
 //!
 //! One seed is one medium that lives through several crashes. Each time an engine is started on
 //! it, checked against the model, given work, and cut at a random storage operation: by a power
-//! cut, by the program's death, by a failing operation, or stopped in order. In a third of the cases
-//! the next recovery is cut as well.
+//! cut, by the program's death, by a failing operation, or stopped in order. In a third of the
+//! cases the next recovery is cut as well.
 //!
 //! What must hold after every recovery:
 //! * a history's durable LSN is no lower than what was acknowledged, and ends a frame;

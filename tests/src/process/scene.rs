@@ -126,7 +126,8 @@ impl Scene {
             "127.0.0.1"
         };
         let server = format!(
-            "data_listen = \"127.0.0.1:{data_port}\"\ncontrol_listen = \"127.0.0.1:{control_port}\"\n\
+            "data_listen = \"127.0.0.1:{data_port}\"\n\
+             control_listen = \"127.0.0.1:{control_port}\"\n\
              names = [\"{host}\"]\n[store]\nretry_ms = 200\n{}",
             setup.server
         );

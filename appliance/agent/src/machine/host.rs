@@ -236,7 +236,7 @@ impl Machine {
         self.keys.set_disk(answer.disk, key);
         let ids: Vec<_> = self.disks().iter().map(|disk| disk.id).collect();
         if let Err(error) = save_keys(&self.state, &self.keys, ids) {
-            tracing::error!(%error, "after a restart nothing is captured until the appliance is back");
+            tracing::error!(%error, "a restart captures nothing until the appliance is back");
         }
         disk.state.lock().answer = Some(answer);
         self.outbox.nudge();

@@ -75,7 +75,8 @@ impl Copier {
     }
 
     fn work(&mut self, batch: &mut Batch) -> Result<(), GivenUp> {
-        tracing::info!(batch = %batch.begun.batch, disks = batch.begun.disks.len(), "a copy begins");
+        let begun = &batch.begun;
+        tracing::info!(batch = %begun.batch, disks = begun.disks.len(), "a copy begins");
         for id in batch.begun.disks.clone() {
             if let Some(disk) = self.machine.disk(id) {
                 self.copy_disk(batch, &disk)?;

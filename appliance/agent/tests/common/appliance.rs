@@ -208,7 +208,8 @@ impl Serving {
                 mark = marks.recv() => {
                     let (request, kind, name) = mark.unwrap();
                     let stream = StreamId(1);
-                    let _gone = answers.send(FromReceiver::PlaceMark { stream, request, kind, name });
+                    let mark = FromReceiver::PlaceMark { stream, request, kind, name };
+                    let _gone = answers.send(mark);
                 }
                 _ = cut.recv() => break,
             }

@@ -439,7 +439,8 @@ mod hostile {
                     (0..5).map(|stream| receiver.is_open(StreamId(stream))).collect();
                 match input {
                     Input::Peer(message) => match feed(&mut receiver, message) {
-                        Action::Append { stream, bytes, .. } | Action::Bulk { stream, bytes, .. } => {
+                        Action::Append { stream, bytes, .. }
+                        | Action::Bulk { stream, bytes, .. } => {
                             taken += bytes.len() as u64;
                             prop_assert!(may_act[stream.0 as usize]);
                         }

@@ -275,7 +275,10 @@ async fn what_is_durable_is_acknowledged_and_never_before() {
     // The first thing that comes is the answer: nothing was acknowledged yet.
     let answer = wire.next().await;
     assert!(
-        matches!(&answer, Some(FromReceiver::Differences { differs, .. }) if *differs == [false, true]),
+        matches!(
+            &answer,
+            Some(FromReceiver::Differences { differs, .. }) if *differs == [false, true]
+        ),
         "{answer:?}"
     );
 
