@@ -135,7 +135,7 @@ pub fn parse_time(text: &str) -> Option<Timestamp> {
     let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
     let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
     let is_legal = (1..=12).contains(&month)
-        && (1..=31).contains(&day)
+        && (1..=days_of_month(year, month)).contains(&day)
         && hour < 24
         && minute < 60
         && second <= 60;
@@ -154,8 +154,11 @@ pub fn parse_time(text: &str) -> Option<Timestamp> {
     let offset_s = parse_offset(rest)?;
     let seconds =
         days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - offset_s;
-    u64::try_from(seconds.checked_mul(1_000_000_000)?.checked_add(nanos)?)
-        .ok()
+    let seconds = u64::try_from(seconds).ok()?;
+    let nanos = u64::try_from(nanos).ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(nanos)
         .map(Timestamp)
 }
 
@@ -169,7 +172,22 @@ fn parse_offset(text: &str) -> Option<i64> {
         _ => return None,
     };
     let (hours, minutes) = text[1..].split_once(':')?;
-    Some(sign * (hours.parse::<i64>().ok()? * 3600 + minutes.parse::<i64>().ok()? * 60))
+    let part = |text: &str, limit: i64| {
+        let is_legal = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse::<i64>()
+            .ok()
+            .filter(|value| is_legal && *value < limit)
+    };
+    Some(sign * (part(hours, 24)? * 3600 + part(minutes, 60)? * 60))
+}
+
+fn days_of_month(year: i64, month: i64) -> i64 {
+    let is_leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    match month {
+        2 => 28 + i64::from(is_leap),
+        4 | 6 | 9 | 11 => 30,
+        _ => 31,
+    }
 }
 
 /// Days since 1970-01-01 of the proleptic Gregorian calendar.

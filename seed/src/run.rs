@@ -2,7 +2,7 @@
 //! each history. Base parts, which name bulk blocks, have the same format.
 //!
 //! ```text
-//! | header 4096 | entry pages of section 0 | ... | tail | footer 4096 |
+//! | header 4096 | entry pages of section 0 | ... | the same pages again | tail | footer 4096 |
 //! page   = | hash 8 | count 2 | zero 2 | page number 4 | 170 entries of 24 bytes |
 //! tail   = | section table | fences | ranges | timelines |, one hash over all of it
 //! ```
@@ -10,6 +10,8 @@
 //! Invariants
 //! * Entries of a section are sorted by cell, then newest first.
 //! * A fence is the first cell of its page; entries of one cell may span pages.
+//! * Every page is there twice, far from its copy: without it nobody knows where a region's blocks
+//!   are before the map is made anew. When the tail or the footer is damaged, it is.
 //! * The file is whole and synced before the manifest names it, and never changes.
 
 use afterimage_blockdev::{
@@ -99,6 +101,8 @@ pub struct SectionTable {
     pub name: SectionName,
     /// Number of the first page; page 0 follows the file's header.
     pub first_page: u32,
+    /// Number of all pages of the file; so far behind each page lies its copy.
+    pub copy_distance: u32,
     /// Number of entries.
     pub entry_count: u64,
     /// First cell of each page.
@@ -151,18 +155,37 @@ pub fn decode_page(bytes: &[u8], run: RunId, page: u32) -> Result<Vec<Entry>, Da
         .collect()
 }
 
-/// Lays out a whole run file. Sections without entries, ranges and samples are left out.
-#[must_use]
-pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> IoBuffer {
-    let entries: usize = sections.iter().map(|section| section.entries.len()).sum();
-    let mut out =
-        IoBuffer::with_capacity((entries / PAGE_ENTRIES + sections.len() + 8) * PAGE_BYTES);
+fn header(store: StoreId, run: RunId) -> [u8; PAGE_BYTES] {
     let mut header = [0; PAGE_BYTES];
     put(&mut header, 0, HEADER_MAGIC);
     put(&mut header, 8, &RUN_VERSION.to_le_bytes());
     put(&mut header, 16, &store.0);
     put(&mut header, 32, &run.0.to_le_bytes());
-    out.extend_from_slice(&header);
+    header
+}
+
+/// Checks the first sector of a run file.
+///
+/// # Errors
+/// [`Damage`].
+pub fn check_header(bytes: &[u8], store: StoreId, run: RunId) -> Result<(), Damage> {
+    if bytes.get(..PAGE_BYTES) == Some(&header(store, run)) {
+        Ok(())
+    } else {
+        Err(Damage::Field {
+            structure: NAME,
+            field: "header",
+        })
+    }
+}
+
+/// Lays out a whole run file. Sections without entries, ranges and samples are left out.
+#[must_use]
+pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> IoBuffer {
+    let entries: usize = sections.iter().map(|section| section.entries.len()).sum();
+    let mut out =
+        IoBuffer::with_capacity((2 * (entries / PAGE_ENTRIES + sections.len()) + 8) * PAGE_BYTES);
+    out.extend_from_slice(&header(store, run));
     let (mut table, mut fences, mut ranges, mut samples) = (vec![], vec![], vec![], vec![]);
     let mut page_number = 0u32;
     for section in sections {
@@ -204,6 +227,8 @@ pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> Io
             samples.extend_from_slice(&sample.lsn.0.to_le_bytes());
         }
     }
+    let again = IoBuffer::copy_of(&out[PAGE_BYTES..]);
+    out.extend_from_slice(&again);
     let tail_at = out.len();
     for part in [&table, &fences, &ranges, &samples] {
         out.extend_from_slice(part);
@@ -231,7 +256,8 @@ pub fn encode_run(store: StoreId, run: RunId, sections: &[SectionContent]) -> Io
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RunFooter {
     section_count: u32,
-    page_count: u32,
+    /// Number of pages, copies not counted.
+    pub page_count: u32,
     /// Where the tail begins.
     pub tail_offset: u64,
     /// Bytes of the tail.
@@ -298,12 +324,13 @@ impl RunFooter {
         let mut samples_at = ranges_at + all_ranges.ok_or_else(short)? * RANGE_BYTES;
         let mut sections = Vec::new();
         for row in 0..index(self.section_count) {
-            let section = decode_section(
+            let mut section = decode_section(
                 bytes,
                 row * SECTION_BYTES,
                 [&mut fences_at, &mut ranges_at, &mut samples_at],
             )
             .ok_or_else(short)?;
+            section.copy_distance = self.page_count;
             sections.push(section);
         }
         Ok(sections)
@@ -330,6 +357,7 @@ fn decode_section(bytes: &[u8], row: usize, parts: [&mut usize; 3]) -> Option<Se
             is_base_part: *bytes.get(row + 72)? == 1,
         },
         first_page: get_u32(bytes, row + 56)?,
+        copy_distance: 0,
         entry_count: get_u64(bytes, row + 32)?,
         fences: fences
             .as_chunks::<8>()

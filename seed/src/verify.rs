@@ -200,9 +200,13 @@ impl Check<'_> {
         if let Err(damage) = footer.decode_tail(bytes.get(tail..).unwrap_or(&[])) {
             self.damaged(tail as u64, damage, None);
         }
+        if let Err(damage) = crate::run::check_header(bytes, self.store, run) {
+            self.damaged(0, damage, None);
+        }
         let pages = (tail / PAGE_BYTES).saturating_sub(1);
         for page in 0..pages {
-            let number = u32::try_from(page).unwrap_or(u32::MAX);
+            let count = footer.page_count.max(1);
+            let number = u32::try_from(page).unwrap_or(u32::MAX) % count;
             let at = (page + 1) * PAGE_BYTES;
             if let Err(damage) = decode_page(&bytes[at..], run, number) {
                 self.damaged(at as u64, damage, None);

@@ -177,6 +177,7 @@ impl Engine {
             last,
             undecided,
         });
+        entry.gaps.push((first, last));
     }
 
     /// A frame that the log made durable.

@@ -382,8 +382,9 @@ impl Engine {
             }
             let name = seed_file(id);
             self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Remove { name }, out);
-            self.bulk.has_paused = true;
-            out.push(Output::Event(Event::Paused { is_budget: false }));
+            if !core::mem::replace(&mut self.bulk.has_paused, true) {
+                out.push(Output::Event(Event::Paused { is_budget: false }));
+            }
         }
         out.push(Output::WakeAt(retry_at));
     }
@@ -445,17 +446,5 @@ fn add_frame(segment: &mut BulkSegment, frame: &Frame) {
             builder.push(&context, &slot.header.hash, slot.bytes);
             segment.slots.push(context);
         }
-    }
-}
-impl BulkSegments {
-    pub(super) fn describe(&self) -> String {
-        format!(
-            "open {:?} {:?}",
-            self.open,
-            self.all
-                .iter()
-                .map(|(i, s)| (*i, s.step, s.in_flight, s.writes.len(), s.is_sealing))
-                .collect::<Vec<_>>()
-        )
     }
 }

@@ -698,17 +698,3 @@ fn is_of_segment_end(damage: &Damage) -> bool {
         _ => false,
     }
 }
-impl Engine {
-    /// DEBUG
-    pub fn describe(&self) -> String {
-        format!(
-            "{:?} paused {:?} log {:?} manifest {:?} bulk {:?} flush {:?}",
-            self.phase,
-            self.is_paused,
-            self.log,
-            self.manifest,
-            self.bulk.describe(),
-            self.flush.is_some()
-        )
-    }
-}

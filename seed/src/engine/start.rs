@@ -609,7 +609,7 @@ impl Engine {
     ) {
         self.histories
             .entry(history)
-            .or_insert_with(|| HistoryEntry::new(machine, parent, is_branch));
+            .or_insert_with(|| HistoryEntry::new(history, machine, parent, is_branch));
         if let Some(state) = self.machines.get_mut(&machine).filter(|_| !is_branch) {
             state.trunk = history;
         }

@@ -55,6 +55,7 @@ pub(super) struct Hole {
 /// A history.
 #[derive(Debug)]
 pub(super) struct HistoryEntry {
+    pub(super) id: HistoryId,
     pub(super) machine: MachineId,
     pub(super) parent: Option<(HistoryId, Lsn)>,
     pub(super) is_branch: bool,
@@ -77,6 +78,8 @@ pub(super) struct HistoryEntry {
     pub(super) timeline: Vec<TimeSample>,
     pub(super) batches: Vec<BatchRecord>,
     pub(super) holes: Vec<Hole>,
+    /// Ranges of LSNs that were found lost at start.
+    pub(super) gaps: Vec<(Lsn, Lsn)>,
     /// Known losses: disk (nil for all), first, last.
     pub(super) lost: Vec<(DiskId, Lsn, Lsn)>,
     /// What the log lost may be the newest records of this history.
@@ -180,12 +183,14 @@ impl DiskMap {
 
 impl HistoryEntry {
     pub(super) fn new(
+        id: HistoryId,
         machine: MachineId,
         parent: Option<(HistoryId, Lsn)>,
         is_branch: bool,
     ) -> Self {
         let fork = parent.map_or(Lsn::ZERO, |(_, fork)| fork);
         Self {
+            id,
             machine,
             parent,
             is_branch,
@@ -203,6 +208,7 @@ impl HistoryEntry {
             timeline: Vec::new(),
             batches: Vec::new(),
             holes: Vec::new(),
+            gaps: Vec::new(),
             lost: Vec::new(),
             has_lost_tail: false,
             stream: None,
@@ -292,6 +298,9 @@ impl HistoryEntry {
             .filter(|known| known.batch == batch && known.end == Lsn::ZERO)
             .flat_map(|known| known.disks.iter().copied())
             .collect();
+        if disks.is_empty() {
+            self.unknown_batch_ends(batch, end);
+        }
         let mut ended = Vec::new();
         for known in &self.batches {
             let covered = known
@@ -317,6 +326,23 @@ impl HistoryEntry {
                     map.bulk_blocks.clear();
                 }
             }
+        }
+    }
+
+    /// The begin of the batch that ends was lost: nothing from there on is a state.
+    fn unknown_batch_ends(&mut self, batch: BatchId, end: Lsn) {
+        if let Some((begin, _)) = self.gaps.last().copied() {
+            let disks = self.disks.keys().copied().collect();
+            let history = self.id;
+            let is_initial = false;
+            self.put_batch(BatchRecord {
+                history,
+                batch,
+                is_initial,
+                begin,
+                end,
+                disks,
+            });
         }
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use afterimage_blockdev::SegmentId;
+use afterimage_cache::Damage;
 use afterimage_cache::segment::{Directory, FOOTER_BYTES, Footer, SegmentScan};
 
 use super::Reader;
@@ -35,7 +36,7 @@ impl Slots {
     }
 }
 
-fn damaged(segment: SegmentId, offset: u64, damage: afterimage_cache::Damage) -> SeedError {
+fn damaged(segment: SegmentId, offset: u64, damage: Damage) -> SeedError {
     SeedError::Damaged {
         file: FileKey::Segment(segment).name().to_string(),
         offset,
@@ -139,6 +140,13 @@ impl Reader {
     ) {
         let len = footer.directories_len();
         let at = footer.directory_offset;
+        if len as u64 > file.length {
+            let damage = Damage::Field {
+                structure: "seed segment",
+                field: "slot count",
+            };
+            return done(Err(damaged(segment, at, damage)));
+        }
         let reader = Arc::clone(&self);
         self.read_file(file, at, len, move |bytes| match bytes {
             Ok(bytes) => match footer.find_directory(&bytes) {

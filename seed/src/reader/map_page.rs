@@ -135,6 +135,8 @@ struct PageRead {
     cap: Lsn,
     first_page: u32,
     count: u32,
+    /// Pages up to the copies, when these were not read yet.
+    copy_distance: Option<u32>,
 }
 
 struct Load {
@@ -195,18 +197,33 @@ impl Reader {
     }
 
     fn read_pages(self: &Arc<Self>, key: PageKey, read: PageRead, load: Arc<Load>) {
+        self.read_copy(key, read, 0, load);
+    }
+
+    /// Reads pages, or their copies so many pages behind.
+    fn read_copy(self: &Arc<Self>, key: PageKey, read: PageRead, distance: u32, load: Arc<Load>) {
         let reader = Arc::clone(self);
         self.file(FileKey::Run(read.run), move |file| match file {
             Ok(file) => {
                 // The header of the file takes one page.
-                let offset = (u64::from(read.first_page) + 1) * PAGE_BYTES as u64;
+                let first = u64::from(read.first_page) + u64::from(distance) + 1;
                 let len = usize::try_from(read.count).unwrap_or(0) * PAGE_BYTES;
                 let again = Arc::clone(&reader);
-                reader.read_file(file, offset, len, move |bytes| {
-                    let result = bytes
+                reader.read_file(file, first * PAGE_BYTES as u64, len, move |bytes| {
+                    let merged = bytes
                         .map_err(SeedError::from)
                         .and_then(|bytes| again.merge_pages(&read, &bytes, &load));
-                    again.page_read(key, result, &load);
+                    match (merged, read.copy_distance) {
+                        (Err(error @ SeedError::Damaged { .. }), Some(distance)) => {
+                            tracing::error!(%error, "a map page is damaged; its copy is read");
+                            let read = PageRead {
+                                copy_distance: None,
+                                ..read
+                            };
+                            again.read_copy(key, read, distance, load);
+                        }
+                        (merged, _) => again.page_read(key, merged, &load),
+                    }
                 });
             }
             Err(error) => reader.page_read(key, Err(error), &load),
@@ -287,6 +304,7 @@ fn merge_memory(snapshot: &Snapshot, region: u64) -> (Builder, Vec<PageRead>) {
                     cap: layer.cap,
                     first_page: table.first_page + start,
                     count: u32::try_from(pages.len()).unwrap_or(0),
+                    copy_distance: Some(table.copy_distance),
                 });
             }
         }

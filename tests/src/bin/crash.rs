@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use afterimage_tests::{crash_log, crash_store, flip_log};
 
-const USAGE: &str = "usage: crash log|store|store-fault|flip|smash [--seed N] [--count M]";
+const USAGE: &str =
+    "usage: crash log|store|store-fault|store-flip|flip|smash [--seed N] [--count M]";
 
 fn number(arguments: &[String], name: &str, otherwise: u64) -> Result<u64, String> {
     let Some(place) = arguments.iter().position(|argument| argument == name) else {
@@ -33,6 +34,10 @@ fn run(arguments: &[String]) -> Result<(), String> {
         Some("store-fault") => (
             crash_store::fault_campaign(seed, count),
             crash_store::FAULT_MUST_OCCUR,
+        ),
+        Some("store-flip") => (
+            crash_store::flip_campaign(seed, count),
+            crash_store::FLIP_MUST_OCCUR,
         ),
         Some("flip") => (flip_log::flip_campaign(seed, count), flip_log::MUST_OCCUR),
         Some("smash") => (

@@ -32,16 +32,6 @@ impl Campaign {
             self.seed,
             info.damage
         );
-        if std::env::var("DEBUG_STORE").is_ok() {
-            eprintln!(
-                "CHECK points {:?}",
-                self.known.points.keys().map(|k| &k.1).collect::<Vec<_>>()
-            );
-            eprintln!(
-                "  engine {:?}",
-                rig.engine.cuts().iter().map(|c| &c.0).collect::<Vec<_>>()
-            );
-        }
         self.check_histories(&info);
         self.check_bulk(rig);
         self.check_points(rig);
@@ -233,7 +223,7 @@ impl Campaign {
         }
     }
 
-    fn machine_of(&self, history: HistoryId) -> Option<usize> {
+    pub(super) fn machine_of(&self, history: HistoryId) -> Option<usize> {
         let mut roots: Vec<(usize, HistoryId)> = self
             .writers
             .iter()
@@ -328,10 +318,6 @@ impl Campaign {
         }
         let found = found.unwrap_or_else(|error| panic!("seed {seed}: {reference}: {error}"));
         self.report.count("image-compared");
-        if std::env::var("DEBUG_STORE").is_ok() {
-            eprintln!("{reference} shown {shown} {:#?}", taken.snapshot);
-            eprintln!("model {:#?}", model.histories[&history]);
-        }
         for (block, stamp) in expected.iter().enumerate() {
             assert!(
                 found[block * 4096..(block + 1) * 4096] == content(&[*stamp]),
@@ -365,16 +351,6 @@ impl Campaign {
                 .iter()
                 .zip(&expected)
                 .position(|(found, right)| found != right);
-            if place.is_some() && std::env::var("DEBUG_STORE").is_ok() {
-                let at = place.unwrap_or(0);
-                eprintln!("{run:?} durable {durable}");
-                eprintln!(
-                    "found {:02x?} expected {:02x?}",
-                    &found[at..at + 16],
-                    &expected[at..at + 16]
-                );
-                eprintln!("{:#?}", taken.snapshot);
-            }
             assert!(
                 place.is_none(),
                 "seed {seed}: {reference} differs at {place:?}"

@@ -184,7 +184,7 @@ impl Campaign {
     }
 
     /// With room on the medium everything that was sent must become durable.
-    fn go_on(&mut self, rig: &mut StoreRig) {
+    pub(super) fn go_on(&mut self, rig: &mut StoreRig) {
         for _ in 0..STEPS_MAX {
             self.hear(rig);
             if rig.failure.is_some() {
@@ -201,27 +201,6 @@ impl Campaign {
             }
         }
         self.hear(rig);
-        if !self.is_at_rest() && std::env::var("DEBUG_STORE").is_ok() {
-            for writer in &self.writers {
-                let bulk = &self.known.model.histories[&writer.history].bulk;
-                let bulk: Vec<_> = bulk
-                    .iter()
-                    .filter(|b| !b.is_acknowledged)
-                    .map(|b| b.number)
-                    .collect();
-                let sent: Vec<_> = writer
-                    .kept
-                    .iter()
-                    .filter(|k| k.is_sent)
-                    .map(|k| k.frame.header.last)
-                    .collect();
-                eprintln!(
-                    "{} {:?} sent {sent:?} bulk {bulk:?}",
-                    writer.name, writer.stream
-                );
-            }
-            eprintln!("{:#?}", rig.engine.describe());
-        }
         assert!(
             self.is_at_rest(),
             "seed {}: the store does not go on",

@@ -16,6 +16,8 @@
 mod branch;
 mod check;
 mod fault;
+mod flip;
+pub mod golden;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -37,6 +39,7 @@ use crate::store_writer::Writer;
 use branch::BranchRun;
 
 pub use fault::{FAULT_MUST_OCCUR, FAULT_REGRESSIONS, fault_campaign, fault_seed};
+pub use flip::{FLIP_MUST_OCCUR, FLIP_REGRESSIONS, flip_campaign, flip_seed};
 
 /// Events without which a campaign proves too little.
 pub const MUST_OCCUR: &[&str] = &[

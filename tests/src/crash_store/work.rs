@@ -120,23 +120,6 @@ impl Campaign {
             let declared = match answer {
                 Ok(Response::Disk(declared)) => declared,
                 other => {
-                    if std::env::var("DEBUG_STORE").is_ok() {
-                        let w = &self.writers[machine];
-                        for (id, h) in &self.known.model.histories {
-                            let grows: Vec<_> = h
-                                .records
-                                .iter()
-                                .filter(|r| {
-                                    matches!(r.change, crate::store_model::Change::Grow { .. })
-                                })
-                                .collect();
-                            eprintln!("{id} {:?} durable {} {grows:?}", h.parent, h.durable);
-                        }
-                        eprintln!(
-                            "writer {} {:?} disk {}",
-                            w.history, w.parent, w.disks[disk].id
-                        );
-                    }
                     panic!("seed {}: {other:?} for a disk", self.seed)
                 }
             };
