@@ -37,6 +37,18 @@ pub enum Damage {
         /// Which field.
         field: &'static str,
     },
+    /// The medium answers with an error.
+    #[error("{structure} cannot be read")]
+    Unreadable {
+        /// Which structure.
+        structure: &'static str,
+    },
+    /// It is named, and not there.
+    #[error("{structure} is missing")]
+    Missing {
+        /// Which structure.
+        structure: &'static str,
+    },
     /// The content is not what was written.
     #[error("{structure} does not match its hash")]
     Hash {

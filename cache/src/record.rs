@@ -18,6 +18,11 @@ pub const WRITE_BYTES_MAX: u64 = 4 << 20;
 /// Longest body of a record without slots, in bytes.
 pub const NOTE_BYTES_MAX: usize = 64 << 10;
 
+/// No disk is longer, in bytes: a map entry has 6 bytes for the number of a cell.
+pub const DISK_BYTES_MAX: u64 = 1 << 62;
+/// No history comes to this LSN: below it there is room to count on.
+pub const LSN_MAX: Lsn = Lsn(1 << 62);
+
 const NAME: &str = "record";
 const CHECK_AT: usize = 76;
 
@@ -249,7 +254,10 @@ impl RecordHeader {
             let is_legal = self.offset.is_multiple_of(block)
                 && self.length.is_multiple_of(block)
                 && self.length > 0
-                && self.offset.checked_add(self.length).is_some();
+                && self
+                    .offset
+                    .checked_add(self.length)
+                    .is_some_and(|end| end <= DISK_BYTES_MAX);
             if !is_legal {
                 return Err(field("range"));
             }
@@ -266,6 +274,9 @@ impl RecordHeader {
             }
         } else if slot_count != 0 || body_len > NOTE_BYTES_MAX {
             return Err(field("body"));
+        }
+        if self.lsn >= LSN_MAX {
+            return Err(field("LSN"));
         }
         // A bulk record repeats an LSN, which is its own disk's previous one at most.
         let is_ordered =

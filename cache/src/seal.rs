@@ -15,9 +15,10 @@ use std::sync::Arc;
 use afterimage_blockdev::{BLOCK_BYTES, CELL_BLOCKS, CELL_BYTES, DiskId, Entropy, KeyId};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
-use crate::bytes::{is_all_zero, narrow};
+use crate::bytes::{index, is_all_zero, narrow};
 use crate::error::Damage;
 use crate::key::{DiskKey, KeySource, TagKey};
+use crate::lanes::{Lanes, Message};
 use crate::slot::{
     CIPHER_TAG_BYTES, CONTEXT_BYTES, Codec, ContentTag, HASH_AT, SLOT_HEADER_BYTES, SlotContext,
     SlotHeader, SlotView, TAG_BYTES,
@@ -59,15 +60,69 @@ fn associated(context: &SlotContext, header: &SlotHeader) -> [u8; CONTEXT_BYTES 
 /// Computes the content tag of one block.
 #[must_use]
 pub fn content_tag(key: &TagKey, block: &[u8]) -> ContentTag {
-    let hash = blake3::keyed_hash(&key.0, block);
+    cut(blake3::keyed_hash(&key.0, block).as_bytes())
+}
+
+/// Computes content tags, many at once for less than one by one.
+#[derive(Debug)]
+pub struct Tagger {
+    key: TagKey,
+    lanes: Lanes,
+}
+
+impl Tagger {
+    /// Makes a tagger.
+    #[must_use]
+    pub fn new(key: TagKey) -> Self {
+        let lanes = Lanes::keyed(&key.0);
+        Self { key, lanes }
+    }
+
+    /// The key.
+    #[must_use]
+    pub fn key(&self) -> &TagKey {
+        &self.key
+    }
+
+    /// Appends the tag of each block of `plain`, a piece of whole blocks, to `tags`; and so for all
+    /// pieces.
+    pub fn tag<'a>(
+        &mut self,
+        plain: impl IntoIterator<Item = &'a [u8]>,
+        tags: &mut Vec<ContentTag>,
+    ) {
+        let blocks = plain
+            .into_iter()
+            .flat_map(|piece| piece.chunks_exact(BLOCK_BYTES));
+        let blocks: Vec<Message<'a>> = blocks
+            .map(|block| Message {
+                head: &[],
+                rest: block,
+            })
+            .collect();
+        if blocks.len() < TAGGED_ALONE_MAX {
+            let alone = blocks
+                .iter()
+                .map(|block| content_tag(&self.key, block.rest));
+            return tags.extend(alone);
+        }
+        tags.reserve(blocks.len());
+        self.lanes.hash(&blocks, |_, hash| tags.push(cut(&hash)));
+    }
+}
+
+/// Fewer blocks than this are tagged faster one by one.
+const TAGGED_ALONE_MAX: usize = 5;
+
+fn cut(hash: &[u8; 32]) -> ContentTag {
     let mut tag = [0; TAG_BYTES];
-    tag.copy_from_slice(&hash.as_bytes()[..TAG_BYTES]);
+    tag.copy_from_slice(&hash[..TAG_BYTES]);
     tag
 }
 
 /// Seals blocks of one disk, as one writer session.
 pub struct Sealer {
-    tag_key: TagKey,
+    tagger: Tagger,
     key: Option<(KeyId, LessSafeKey)>,
     salt: [u8; 16],
     counter: u64,
@@ -91,7 +146,7 @@ impl Sealer {
         let key = key.map(|key| (key.id, session_key(key, &salt)));
         let scratch = vec![0; CELL_BYTES];
         let mut sealer = Self {
-            tag_key,
+            tagger: Tagger::new(tag_key),
             key,
             salt,
             counter: 0,
@@ -129,15 +184,37 @@ impl Sealer {
     /// # Panics
     /// When `plain` is not as long as the mask says.
     pub fn seal(&mut self, context: &SlotContext, plain: &[u8], out: &mut Vec<u8>) {
+        let tags = self.tags(plain);
+        let start = out.len();
+        let header = self.seal_unhashed(context, plain, &tags, out);
+        let stored_at = start + header.header_len();
+        let stored_end = stored_at + index(header.stored_len);
+        let hash = header.compute_hash(context, &out[stored_at..stored_end]);
+        out[start + HASH_AT..start + SLOT_HEADER_BYTES].copy_from_slice(&hash);
+    }
+
+    /// The content tag of each block of `plain`.
+    pub(crate) fn tags(&mut self, plain: &[u8]) -> Vec<ContentTag> {
+        let mut tags = Vec::new();
+        self.tagger.tag([plain], &mut tags);
+        tags
+    }
+
+    /// Does all of [`Sealer::seal`] but the hash, whose place stays zero.
+    pub(crate) fn seal_unhashed(
+        &mut self,
+        context: &SlotContext,
+        plain: &[u8],
+        block_tags: &[ContentTag],
+        out: &mut Vec<u8>,
+    ) -> SlotHeader {
         let blocks = context.mask.count_ones() as usize;
         assert!(
-            blocks > 0 && plain.len() == blocks * BLOCK_BYTES,
-            "plain length fits the mask"
+            blocks > 0 && plain.len() == blocks * BLOCK_BYTES && block_tags.len() == blocks,
+            "plain length and tags fit the mask"
         );
         let mut tags = [[0; TAG_BYTES]; CELL_BLOCKS];
-        for (tag, block) in tags.iter_mut().zip(plain.chunks_exact(BLOCK_BYTES)) {
-            *tag = content_tag(&self.tag_key, block);
-        }
+        tags[..blocks].copy_from_slice(block_tags);
         let (codec, stored_plain_len) = if is_all_zero(plain) {
             (Codec::Zero, 0)
         } else if let Some(len) = self.compress(plain) {
@@ -150,7 +227,7 @@ impl Sealer {
             (Some((id, _)), _) => *id,
         };
         let cipher = if key_id.0 == 0 { 0 } else { CIPHER_TAG_BYTES };
-        let mut header = SlotHeader {
+        let header = SlotHeader {
             codec,
             blocks: blocks.to_le_bytes()[0],
             mask: context.mask,
@@ -178,9 +255,8 @@ impl Sealer {
                 .expect("a slot is far below the cipher's limit");
             out.extend_from_slice(tag.as_ref());
         }
-        header.hash = header.compute_hash(context, &out[stored_at..]);
-        out[start + HASH_AT..start + SLOT_HEADER_BYTES].copy_from_slice(&header.hash);
         out.resize(start + header.slot_len(), 0);
+        header
     }
 }
 
@@ -225,8 +301,30 @@ impl Opener {
         slot: &SlotView<'_>,
         plain: &mut [u8],
     ) -> Result<(), Damage> {
-        slot.verify(context)?;
         let header = &slot.header;
+        let mut scratch = core::mem::take(&mut self.scratch);
+        scratch.clear();
+        let head = header.hashed_head(context);
+        scratch.extend_from_slice(&head);
+        scratch.extend_from_slice(slot.stored);
+        let result = self.open_copied(context, slot, &mut scratch, head.len(), plain);
+        self.scratch = scratch;
+        result
+    }
+
+    /// `copy` is what the hash covers; the stored bytes begin at `stored_at` of it.
+    fn open_copied(
+        &mut self,
+        context: &SlotContext,
+        slot: &SlotView<'_>,
+        copy: &mut [u8],
+        stored_at: usize,
+        plain: &mut [u8],
+    ) -> Result<(), Damage> {
+        let header = &slot.header;
+        if context.mask != header.mask || *blake3::hash(copy).as_bytes() != header.hash {
+            return Err(Damage::Hash { structure: "slot" });
+        }
         if plain.len() != header.plain_len() {
             return Err(Damage::Field {
                 structure: "slot",
@@ -237,18 +335,15 @@ impl Opener {
             plain.fill(0);
             return Ok(());
         }
-        let mut scratch = core::mem::take(&mut self.scratch);
-        scratch.clear();
         let stored: &[u8] = if header.key.0 == 0 {
             slot.stored
         } else {
-            scratch.extend_from_slice(slot.stored);
             let key = self.session(context.disk, header.key, &header.salt)?;
             let aad = Aad::from(associated(context, header));
-            key.open_in_place(nonce(header.counter), aad, &mut scratch)
+            key.open_in_place(nonce(header.counter), aad, &mut copy[stored_at..])
                 .map_err(|_| Damage::Cipher)?
         };
-        let result = match header.codec {
+        match header.codec {
             Codec::Raw => {
                 plain.copy_from_slice(stored);
                 Ok(())
@@ -260,9 +355,7 @@ impl Opener {
                 }),
             },
             Codec::Zero => Ok(()),
-        };
-        self.scratch = scratch;
-        result
+        }
     }
 
     fn session(

@@ -27,6 +27,8 @@ const NAME: &str = "slot";
 pub(crate) const HASH_AT: usize = 40;
 /// Bytes of an encoded [`SlotContext`].
 pub(crate) const CONTEXT_BYTES: usize = 80;
+/// Bytes that are hashed before the stored ones, at most.
+const HASHED_HEAD_BYTES_MAX: usize = CONTEXT_BYTES + HASH_AT + CELL_BLOCKS * TAG_BYTES;
 
 const _: () = assert!(HASH_AT + 32 == SLOT_HEADER_BYTES);
 const _: () = assert!(SLOT_HEADER_BYTES.is_multiple_of(8) && TAG_BYTES.is_multiple_of(8));
@@ -240,19 +242,43 @@ impl SlotHeader {
     /// Computes the hash of this slot in its context.
     #[must_use]
     pub fn compute_hash(&self, context: &SlotContext, stored: &[u8]) -> [u8; 32] {
-        let mut prefix = [0; CONTEXT_BYTES + HASH_AT + CELL_BLOCKS * TAG_BYTES];
-        put(&mut prefix, 0, &context.encode());
-        put(&mut prefix, CONTEXT_BYTES, &self.sealed_part());
+        let head = self.hashed_head(context);
+        let mut whole = Vec::with_capacity(head.len() + stored.len());
+        whole.extend_from_slice(&head);
+        whole.extend_from_slice(stored);
+        // In one piece it keeps the whole vector unit busy, which in two it does not.
+        *blake3::hash(&whole).as_bytes()
+    }
+
+    /// What the hash covers before the stored bytes: context, header and tags.
+    #[must_use]
+    pub(crate) fn hashed_head(&self, context: &SlotContext) -> HashedHead {
+        let mut bytes = [0; HASHED_HEAD_BYTES_MAX];
+        put(&mut bytes, 0, &context.encode());
+        put(&mut bytes, CONTEXT_BYTES, &self.sealed_part());
         let tags = usize::from(self.blocks) * TAG_BYTES;
+        let end = CONTEXT_BYTES + HASH_AT + tags;
         put(
-            &mut prefix,
+            &mut bytes,
             CONTEXT_BYTES + HASH_AT,
             &self.tags.as_flattened()[..tags],
         );
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&prefix[..CONTEXT_BYTES + HASH_AT + tags]);
-        hasher.update(stored);
-        *hasher.finalize().as_bytes()
+        HashedHead { bytes, end }
+    }
+}
+
+/// See [`SlotHeader::hashed_head`].
+#[derive(Clone, Debug)]
+pub(crate) struct HashedHead {
+    bytes: [u8; HASHED_HEAD_BYTES_MAX],
+    end: usize,
+}
+
+impl core::ops::Deref for HashedHead {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.end]
     }
 }
 

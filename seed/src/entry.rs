@@ -5,6 +5,8 @@ use afterimage_cache::bytes::{array, get_u32, get_u64};
 
 /// Bytes of an entry on disk.
 pub const ENTRY_BYTES: usize = 24;
+/// Cells of a disk: an entry has 6 bytes for the number of one.
+pub const CELLS_MAX: u64 = 1 << 48;
 /// Bytes of a range entry on disk.
 pub const RANGE_BYTES: usize = 32;
 
@@ -89,8 +91,8 @@ impl Entry {
         Some(self.first + before)
     }
 
-    /// Writes the entry: cell (5 bytes), mask and first (4 bits each), kind, LSN (two pieces of
-    /// 8 bytes in all), segment, slot.
+    /// Writes the entry: cell (6 bytes), mask and first (4 bits each), kind, LSN, segment, slot.
+    /// No cell is taken that 6 bytes do not hold.
     #[must_use]
     pub fn encode(&self) -> [u8; ENTRY_BYTES] {
         let mut bytes = [0; ENTRY_BYTES];
@@ -164,7 +166,11 @@ impl RangeEntry {
             kind: EntryKind::from_code(*bytes.get(24)?)?,
         };
         let is_legal = entry.count > 0
-            && entry.first.0.checked_add(entry.count).is_some()
+            && entry
+                .first
+                .0
+                .checked_add(entry.count)
+                .is_some_and(|end| end <= CELLS_MAX)
             && !entry.kind.has_slot()
             && reserved == [0; 7];
         is_legal.then_some(entry)

@@ -1,16 +1,20 @@
-//! Seed segments: slots of bulk blocks (and, later, destaged ones), written once, sealed whole.
+//! Seed segments: slots of bulk blocks and of destaged log segments, written once, sealed whole.
 //!
 //! ```text
 //! | header 4096 | slot | slot | ... | directory | directory | footer 4096 | footer 4096 |
-//! directory = | offsets 4 x n | contexts 32 x m | entries 80 x n | zeroes to 4096 |
+//! directory = | offsets 4 x n | contexts 32 x m | entries 80 x k | zeroes to 4096 |
 //! ```
 //!
 //! Invariants
 //! * The bytes of a slot are those that arrived; moving never decrypts.
+//! * A slot keeps its segment and number when the segment is rewritten, so that no map changes. The
+//!   offset of a slot that was left out is 0, and it has no entry.
 //! * An entry of the directory holds all that a slot's context is, and the slot's hash: maps and
 //!   scrub need nothing else.
 //! * Directory and footer are there twice: without them nobody knows what the slots are.
 //! * The file is whole and synced before the manifest names it, and never changes.
+
+use std::collections::HashMap;
 
 use afterimage_blockdev::{
     CELL_BLOCKS, CellIndex, DiskId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StoreId,
@@ -20,6 +24,8 @@ use afterimage_cache::bytes::{
 };
 use afterimage_cache::segment::Directory;
 use afterimage_cache::{Damage, SlotContext};
+
+use crate::entry::CELLS_MAX;
 
 /// Bytes of header and footer.
 pub const SECTOR: usize = 4096;
@@ -36,25 +42,27 @@ const CONTEXT_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 80;
 const NAME: &str = "seed segment";
 
-/// Name of a seed segment's file.
+/// Name of a seed segment's file. Each time the segment is rewritten its generation rises.
 #[must_use]
-pub fn seed_file(segment: SegmentId) -> FileName {
-    FileName::new(format!("segments/{:010}.seed", segment.0))
+pub fn seed_file(segment: SegmentId, generation: u32) -> FileName {
+    FileName::new(format!("segments/{:010}-{generation}.seed", segment.0))
 }
 
-/// The segment that a file name means, if any.
+/// The segment and generation that a file name means, if any.
 #[must_use]
-pub fn parse_seed_file(name: &FileName) -> Option<SegmentId> {
-    name.base()
-        .strip_suffix(".seed")?
-        .parse()
-        .ok()
-        .map(SegmentId)
+pub fn parse_seed_file(name: &FileName) -> Option<(SegmentId, u32)> {
+    let (segment, generation) = name.base().strip_suffix(".seed")?.split_once('-')?;
+    let (segment, generation) = (SegmentId(segment.parse().ok()?), generation.parse().ok()?);
+    // Two names never mean one file.
+    let is_its_name = seed_file(segment, generation).base() == name.base();
+    is_its_name.then_some((segment, generation))
 }
 
 /// What the directory says of a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SlotEntry {
+    /// Its number in the segment.
+    pub slot: u32,
     /// Where its blocks belong.
     pub context: SlotContext,
     /// The slot's hash.
@@ -67,13 +75,18 @@ pub struct SeedSegmentBuilder {
     store: StoreId,
     segment: SegmentId,
     contexts: Vec<(DiskId, HistoryId)>,
+    /// The place of each of them.
+    places: HashMap<(DiskId, HistoryId), usize>,
     offsets: Directory,
     entries: Vec<u8>,
     root: blake3::Hasher,
     /// Bytes that are not handed out for writing yet.
     pending: IoBuffer,
     pending_at: u64,
+    /// The next slot's number.
     slots: u32,
+    /// Slots that it holds.
+    held: u32,
 }
 
 impl SeedSegmentBuilder {
@@ -93,12 +106,14 @@ impl SeedSegmentBuilder {
             store,
             segment,
             contexts: Vec::new(),
+            places: HashMap::new(),
             offsets: Directory::default(),
             entries: Vec::new(),
             root: blake3::Hasher::new(),
             pending,
             pending_at: 0,
             slots: 0,
+            held: 0,
         }
     }
 
@@ -108,10 +123,10 @@ impl SeedSegmentBuilder {
         self.segment
     }
 
-    /// Number of slots so far.
+    /// Number of slots held so far.
     #[must_use]
     pub fn slot_count(&self) -> u32 {
-        self.slots
+        self.held
     }
 
     /// Bytes so far, directory not counted.
@@ -123,19 +138,23 @@ impl SeedSegmentBuilder {
     /// Adds a slot's bytes; gives back its index.
     pub fn push(&mut self, context: &SlotContext, hash: &[u8; 32], bytes: &[u8]) -> u32 {
         let slot = self.slots;
-        self.slots += 1;
+        self.push_at(slot, context, hash, bytes);
+        slot
+    }
+
+    /// Adds a slot under a number above all before it.
+    pub fn push_at(&mut self, slot: u32, context: &SlotContext, hash: &[u8; 32], bytes: &[u8]) {
+        self.slots = slot + 1;
+        self.held += 1;
         self.offsets.set(slot, self.bytes());
         self.pending.extend_from_slice(bytes);
         self.root.update(hash);
         let pair = (context.disk, context.history);
-        let place = self
-            .contexts
-            .iter()
-            .position(|known| *known == pair)
-            .unwrap_or_else(|| {
-                self.contexts.push(pair);
-                self.contexts.len() - 1
-            });
+        let contexts = &mut self.contexts;
+        let place = *self.places.entry(pair).or_insert_with(|| {
+            contexts.push(pair);
+            contexts.len() - 1
+        });
         let mut entry = [0; ENTRY_BYTES];
         put(&mut entry, 0, &context.cell.0.to_le_bytes());
         for (block, lsn) in context.lsns.iter().enumerate() {
@@ -145,7 +164,6 @@ impl SeedSegmentBuilder {
         entry[44] = context.mask;
         put(&mut entry, 48, hash);
         self.entries.extend_from_slice(&entry);
-        slot
     }
 
     /// Takes whole sectors for writing, at the offset given, when there are many.
@@ -185,6 +203,7 @@ impl SeedSegmentBuilder {
         put(&mut footer, 32, &self.segment.0.to_le_bytes());
         put(&mut footer, 36, &self.slots.to_le_bytes());
         put(&mut footer, 40, &narrow(self.contexts.len()).to_le_bytes());
+        put(&mut footer, 44, &self.held.to_le_bytes());
         put(&mut footer, 48, &directory_at.to_le_bytes());
         put(&mut footer, 56, &root);
         put(&mut footer, 88, blake3::hash(&directory).as_bytes());
@@ -229,9 +248,11 @@ pub fn check_header(bytes: &[u8], store: StoreId, segment: SegmentId) -> Result<
 /// Last sector of a seed segment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SeedFooter {
-    /// Number of slots.
+    /// Highest number of a slot, and one.
     pub slot_count: u32,
     context_count: u32,
+    /// Slots that it holds.
+    pub entry_count: u32,
     /// Where the directory begins.
     pub directory_offset: u64,
     /// Hash over the hashes of all slots.
@@ -243,7 +264,9 @@ impl SeedFooter {
     /// Bytes of the directory, without padding.
     #[must_use]
     pub fn directory_len(&self) -> usize {
-        index(self.slot_count) * (4 + ENTRY_BYTES) + index(self.context_count) * CONTEXT_BYTES
+        index(self.slot_count) * 4
+            + index(self.context_count) * CONTEXT_BYTES
+            + index(self.entry_count) * ENTRY_BYTES
     }
 
     /// Bytes of both directories, with padding.
@@ -286,6 +309,11 @@ impl SeedFooter {
         if bytes[..8] != FOOTER_MAGIC[..] {
             return Err(Damage::Magic { structure: NAME });
         }
+        // The hash comes first: a damaged version is damage, not a newer program's work.
+        let hash: [u8; 32] = array(bytes, 120).ok_or_else(short)?;
+        if *blake3::hash(&bytes[..120]).as_bytes() != hash {
+            return Err(Damage::Hash { structure: NAME });
+        }
         let version = get_u16(bytes, 8).ok_or_else(short)?;
         if version > SEED_SEGMENT_VERSION {
             let supported = SEED_SEGMENT_VERSION;
@@ -295,8 +323,7 @@ impl SeedFooter {
                 supported,
             });
         }
-        let hash: [u8; 32] = array(bytes, 120).ok_or_else(short)?;
-        if *blake3::hash(&bytes[..120]).as_bytes() != hash || !is_zero(bytes, 152, SECTOR) {
+        if !is_zero(bytes, 152, SECTOR) {
             return Err(Damage::Hash { structure: NAME });
         }
         if array(bytes, 16) != Some(store.0) || get_u32(bytes, 32) != Some(segment.0) {
@@ -308,6 +335,7 @@ impl SeedFooter {
         Ok(Self {
             slot_count: get_u32(bytes, 36).ok_or_else(short)?,
             context_count: get_u32(bytes, 40).ok_or_else(short)?,
+            entry_count: get_u32(bytes, 44).ok_or_else(short)?,
             directory_offset: get_u64(bytes, 48).ok_or_else(short)?,
             root: array(bytes, 56).ok_or_else(short)?,
             directory_hash: array(bytes, 88).ok_or_else(short)?,
@@ -327,22 +355,26 @@ impl SeedFooter {
             return Err(Damage::Hash { structure });
         }
         let slots = index(self.slot_count);
-        let offsets = bytes[..slots * 4]
+        let offsets: Vec<u32> = bytes[..slots * 4]
             .as_chunks::<4>()
             .0
             .iter()
             .map(|b| u32::from_le_bytes(*b))
             .collect();
+        let held = (0u32..).zip(&offsets).filter(|(_, offset)| **offset != 0);
+        if held.clone().count() != index(self.entry_count) {
+            return Err(Damage::Field {
+                structure,
+                field: "entry count",
+            });
+        }
         let contexts_at = slots * 4;
         let entries_at = contexts_at + index(self.context_count) * CONTEXT_BYTES;
-        let entries = (0..slots)
-            .map(|slot| {
-                decode_entry(
-                    bytes,
-                    contexts_at,
-                    entries_at + slot * ENTRY_BYTES,
-                    entries_at,
-                )
+        let entries = held
+            .enumerate()
+            .map(|(place, (slot, _))| {
+                let at = entries_at + place * ENTRY_BYTES;
+                decode_entry(bytes, slot, contexts_at, at, entries_at)
             })
             .collect::<Option<_>>()
             .ok_or(Damage::Field {
@@ -355,6 +387,7 @@ impl SeedFooter {
 
 fn decode_entry(
     bytes: &[u8],
+    slot: u32,
     contexts_at: usize,
     at: usize,
     entries_at: usize,
@@ -368,10 +401,11 @@ fn decode_entry(
         *lsn = Lsn(get_u64(bytes, at + 8 + block * 8)?);
     }
     Some(SlotEntry {
+        slot,
         context: SlotContext {
             disk: DiskId(array(bytes, context_at)?),
             history: HistoryId(array(bytes, context_at + 16)?),
-            cell: CellIndex(get_u64(bytes, at)?),
+            cell: CellIndex(get_u64(bytes, at).filter(|cell| *cell < CELLS_MAX)?),
             mask: *bytes.get(at + 44)?,
             lsns,
         },

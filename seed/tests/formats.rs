@@ -1,5 +1,7 @@
 //! Everything that is written can be read back, and no bytes make a reader panic.
 
+use std::time::Duration;
+
 use afterimage_blockdev::{
     AgentId, BatchId, CellIndex, DiskId, Epoch, HistoryId, KeyId, Lsn, MachineId, PointId,
     SegmentId, SlotIndex, StoreId, Timestamp,
@@ -11,9 +13,10 @@ use afterimage_seed::manifest::{
     BatchRecord, Edit, HistoryState, ManifestCommit, PointKind, PointRecord,
 };
 use afterimage_seed::reference::{At, Reference, format_time, parse_time};
+use afterimage_seed::retention::{ClockRecord, Elapsed, Lock, LockRule, Policy, Tier};
 use afterimage_seed::run::{
     PAGE_BYTES, RunFooter, RunId, SectionContent, SectionName, TimeSample, decode_page, encode_run,
-    pages_for,
+    place_of,
 };
 use afterimage_seed::segment::{FOOTERS_BYTES, SECTOR, SeedFooter, SeedSegmentBuilder};
 use proptest::collection::vec;
@@ -58,6 +61,36 @@ fn batch() -> impl Strategy<Value = BatchRecord> {
             disks: disks.into_iter().map(DiskId).collect(),
         },
     )
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    let kinds = [PointKind::Crash, PointKind::Application];
+    let span = || (0..1u64 << 60).prop_map(Duration::from_nanos);
+    let lock = proptest::option::of((1..300_000_000u64, 1..3usize));
+    let steps = vec((1..1u64 << 50, 0..1u64 << 50), 0..16);
+    let keep = (span(), span(), proptest::option::of(span()));
+    (steps, keep, lock).prop_map(move |(steps, (window, application, named), lock)| {
+        let mut last = Tier {
+            interval: Duration::from_secs(1),
+            keep_for: Duration::ZERO,
+        };
+        let tiers = steps.into_iter().map(|(longer, more)| {
+            last.interval += Duration::from_nanos(longer);
+            last.keep_for += Duration::from_nanos(more + 1);
+            last.keep_for = last.keep_for.max(last.interval);
+            last
+        });
+        Policy {
+            journal_window: window,
+            tiers: tiers.collect(),
+            keep_application: application,
+            keep_named: named,
+            lock: lock.map(|(seconds, count)| LockRule {
+                duration: Duration::from_secs(seconds),
+                kinds: kinds[..count].to_vec(),
+            }),
+        }
+    })
 }
 
 fn edit() -> impl Strategy<Value = Edit> {
@@ -109,14 +142,17 @@ fn edit() -> impl Strategy<Value = Edit> {
             lsn: Lsn(lsn),
             size_bytes: size,
         }),
-        any::<(u32, u32, u64, [u8; 32])>().prop_map(|(segment, slot_count, bytes, root)| {
-            Edit::Segment {
-                segment: SegmentId(segment),
-                slot_count,
-                bytes,
-                root,
+        any::<(u32, u32, u32, u64, [u8; 32])>().prop_map(
+            |(segment, generation, count, bytes, root)| {
+                Edit::Segment {
+                    segment: SegmentId(segment),
+                    generation,
+                    slot_count: count,
+                    bytes,
+                    root,
+                }
             }
-        }),
+        ),
         any::<(u32, u64)>().prop_map(|(run, bytes)| Edit::Run {
             run: RunId(run),
             bytes
@@ -149,6 +185,29 @@ fn edit() -> impl Strategy<Value = Edit> {
         }),
         any::<u32>().prop_map(|segment| Edit::BaseThrough {
             segment: SegmentId(segment)
+        }),
+        (id(), any::<u64>(), policy()).prop_map(|(machine, version, policy)| Edit::Policy {
+            machine: MachineId(machine),
+            version,
+            policy,
+        }),
+        any::<[u64; 3]>().prop_map(|[point, until, elapsed]| Edit::PointLocked {
+            point: PointId(point),
+            lock: Lock {
+                until: Timestamp(until),
+                elapsed_until: Elapsed(elapsed),
+            },
+        }),
+        any::<(u64, u64, bool)>().prop_map(|(wall, elapsed, is_frozen)| {
+            Edit::Clock(ClockRecord {
+                wall: Timestamp(wall),
+                elapsed: Elapsed(elapsed),
+                is_frozen,
+            })
+        }),
+        (id(), any::<u64>()).prop_map(|(history, lsn)| Edit::Floor {
+            history: HistoryId(history),
+            lsn: Lsn(lsn),
         }),
     ]
 }
@@ -193,7 +252,7 @@ fn entry() -> impl Strategy<Value = Entry> {
 }
 
 fn range() -> impl Strategy<Value = RangeEntry> {
-    (0..1u64 << 60, 1..1u64 << 60, any::<u64>()).prop_map(|(first, count, lsn)| RangeEntry {
+    (0..1u64 << 47, 1..1u64 << 47, any::<u64>()).prop_map(|(first, count, lsn)| RangeEntry {
         first: CellIndex(first),
         count,
         lsn: Lsn(lsn),
@@ -270,36 +329,44 @@ proptest! {
         place in any::<usize>(),
         with in 1..=u8::MAX,
     ) {
-        let (bytes, hash) = commit.encode();
+        let (bytes, hash) = commit.encode().unwrap();
         let (found, found_hash, len) = ManifestCommit::decode(&bytes).unwrap();
         prop_assert_eq!(&found, &commit);
         prop_assert_eq!((found_hash, len), (hash, bytes.len()));
         let mut bad = bytes.to_vec();
         flip(&mut bad, &[(place, with)]);
         prop_assert!(ManifestCommit::decode(&bad).is_err());
-        let (twice, _) = commit.encode_twice();
+        let (twice, _) = commit.encode_twice().unwrap();
         prop_assert_eq!(&twice[..len], &twice[len..]);
     }
 
     #[test]
     fn runs_come_back(sections in vec(section(), 0..4)) {
         let run = RunId(3);
-        let bytes = encode_run(STORE, run, &sections);
+        let (bytes, written) = encode_run(STORE, run, &sections);
         let at = bytes.len() - PAGE_BYTES;
         let footer = RunFooter::decode(&bytes[at..], STORE, run).unwrap();
         let tail = usize::try_from(footer.tail_offset).unwrap();
         let tables = footer.decode_tail(&bytes[tail..]).unwrap();
+        prop_assert_eq!(format!("{written:?}"), format!("{tables:?}"));
+        let is_kept = |section: &&SectionContent| {
+            let is_empty = section.entries.is_empty() && section.ranges.is_empty();
+            !is_empty || !section.timeline.is_empty()
+        };
+        let sections: Vec<_> = sections.iter().filter(is_kept).collect();
         prop_assert_eq!(tables.len(), sections.len());
-        for (table, section) in tables.iter().zip(&sections) {
+        for (table, section) in tables.iter().zip(sections) {
             prop_assert_eq!(table.name, section.name);
             prop_assert_eq!((table.low, table.high), (section.low, section.high));
             prop_assert_eq!(&table.ranges, &section.ranges);
             prop_assert_eq!(&table.timeline, &section.timeline);
-            for distance in [0, table.copy_distance] {
+            for is_copy in [false, true] {
                 let mut entries = Vec::new();
                 for place in 0..u32::try_from(table.fences.len()).unwrap() {
                     let number = table.first_page + place;
-                    let at = usize::try_from(number + distance + 1).unwrap() * PAGE_BYTES;
+                    let place = place_of(number, table.file_pages);
+                    let offset = if is_copy { place.copy } else { place.offset };
+                    let at = usize::try_from(offset).unwrap();
                     entries.extend(decode_page(&bytes[at..], run, number).unwrap());
                 }
                 prop_assert_eq!(&entries, &section.entries);
@@ -307,8 +374,10 @@ proptest! {
             // Every entry lies in a page that its cell leads to.
             for (place, entry) in section.entries.iter().enumerate() {
                 let end = CellIndex(entry.cell.0 + 1);
-                let pages = pages_for(&table.fences, entry.cell, end);
-                prop_assert!(pages.contains(&(place / afterimage_seed::run::PAGE_ENTRIES)));
+                let within = place / afterimage_seed::run::PAGE_ENTRIES;
+                let page = table.first_page + u32::try_from(within).unwrap();
+                let reads = table.reads(entry.cell, end);
+                prop_assert!(reads.iter().any(|(at, count)| (*at..at + count).contains(&page)));
             }
         }
     }
@@ -319,7 +388,7 @@ proptest! {
         flips in vec(any::<(usize, u8)>(), 1..6),
     ) {
         let run = RunId(3);
-        let mut bytes = encode_run(STORE, run, &sections).to_vec();
+        let mut bytes = encode_run(STORE, run, &sections).0.to_vec();
         let footer = RunFooter::decode(&bytes[bytes.len() - PAGE_BYTES..], STORE, run).unwrap();
         flip(&mut bytes, &flips);
         let _may_fail = RunFooter::decode(&bytes[bytes.len() - PAGE_BYTES..], STORE, run);

@@ -5,6 +5,7 @@ pub mod crash_store;
 pub mod fault_log;
 pub mod flip_log;
 pub mod frames;
+pub mod fuzz;
 pub mod golden;
 pub mod log_rig;
 pub mod process;

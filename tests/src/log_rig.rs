@@ -11,6 +11,8 @@ use afterimage_cache::Frame;
 use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
 use parking_lot::Mutex;
 
+use crate::report::count_step;
+
 /// The store of every log in these tests.
 pub const STORE: StoreId = StoreId([0x51; 16]);
 
@@ -65,6 +67,7 @@ impl LogRig {
     /// Gives the log one input.
     pub fn step(&mut self, input: LogInput) {
         let mut out = Vec::new();
+        count_step();
         self.log.step(self.now, input, &mut out);
         for output in out {
             match output {

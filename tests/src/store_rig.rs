@@ -18,6 +18,8 @@ use afterimage_seed::{
 };
 use parking_lot::Mutex;
 
+use crate::report::count_step;
+
 /// Steps of the storage after which a test that still waits has found a stall.
 const STEPS_MAX: u64 = 2_000_000;
 
@@ -116,10 +118,12 @@ pub fn small_store() -> EngineOptions {
     EngineOptions {
         store_key: [9; 32],
         reserve_bytes: 0,
+        reserve_file_bytes: 0,
         segment_bytes: 256 << 10,
         bulk_segment_bytes: 128 << 10,
         flush_entries: 64,
         crash_mark_interval: Duration::from_secs(1 << 30),
+        retention_interval: Duration::from_secs(1 << 30),
         ..EngineOptions::default()
     }
 }
@@ -174,6 +178,7 @@ impl StoreRig {
     /// Gives the engine one input.
     pub fn step(&mut self, input: Input) {
         let mut out = Vec::new();
+        count_step();
         self.engine.step(self.clock.monotonic(), input, &mut out);
         for output in out {
             match output {

@@ -125,6 +125,11 @@ impl Writer {
         }
     }
 
+    /// Sets the time of the next record, when that is not before the last one's.
+    pub fn set_time(&mut self, time: Timestamp) {
+        self.time = self.time.max(time.0);
+    }
+
     /// Tells the model of this machine.
     pub fn declare(&self, model: &mut Model) {
         model

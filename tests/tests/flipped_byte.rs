@@ -38,6 +38,16 @@ fn noise(device: &Path, from_mib: u64, mib: u64) {
     );
 }
 
+fn flip(path: &Path, offsets: &[u64]) {
+    let hurt = File::options().read(true).write(true).open(path).unwrap();
+    for offset in offsets {
+        let mut byte = [0];
+        hurt.read_exact_at(&mut byte, *offset).unwrap();
+        hurt.write_all_at(&[byte[0] ^ 0x10], *offset).unwrap();
+    }
+    hurt.sync_all().unwrap();
+}
+
 impl Store {
     fn new() -> Self {
         require(&["dd", "cp", "blockdev"]);
@@ -106,13 +116,7 @@ impl Store {
             ],
         );
         let path = self.scene.data_dir.join(file);
-        let hurt = File::options().read(true).write(true).open(&path).unwrap();
-        for offset in offsets {
-            let mut byte = [0];
-            hurt.read_exact_at(&mut byte, *offset).unwrap();
-            hurt.write_all_at(&[byte[0] ^ 0x10], *offset).unwrap();
-        }
-        hurt.sync_all().unwrap();
+        flip(&path, offsets);
         self.scene.start_server();
         let verified = self.scene.aft(&["--json", "log", "verify"]);
         let report: VerifyReport = serde_json::from_str(&verified.stdout).unwrap();
@@ -199,6 +203,24 @@ fn flipped_byte() {
     let (report, reading) = store.with_flips(&seed, &[]).unwrap();
     assert!(report.damage.is_empty(), "{report:?}");
     assert_eq!((reading.errors, reading.wrong), (0, 0));
+}
+
+#[test]
+fn a_byte_flips_under_a_running_appliance() {
+    let mut store = Store::new();
+    let seed = store.files("segments")[0].clone();
+    store.scene.start_server();
+    flip(&store.scene.data_dir.join(&seed), &[MIB + 99]);
+    let verified = store.scene.aft(&["--json", "log", "verify"]);
+    assert_eq!(verified.code, 6, "{verified:?}");
+    let name = seed.file_name().unwrap().to_string_lossy();
+    assert!(verified.stdout.contains(&*name), "{verified:?}");
+    let view = store.scene.view("web1/disk@latest");
+    let reading = read_against(&view.device, &store.truth);
+    println!("under a running appliance: {reading:?}");
+    assert_eq!(reading.wrong, 0, "bad data was served");
+    assert!((1..=64).contains(&reading.errors), "{reading:?}");
+    view.close();
 }
 
 #[test]

@@ -7,7 +7,8 @@
 use std::path::PathBuf;
 
 use afterimage_tests::process::{
-    Chance, FsMount, Journal, MIB, Scene, Setup, View, Writers, require, rounds, run, until,
+    Chance, FsMount, Journal, MIB, Scene, Setup, View, Writers, assert_equal_devices, require,
+    rounds, run, until,
 };
 
 const DISK_BYTES: u64 = 1024 * MIB;
@@ -24,17 +25,30 @@ struct Rig {
     next_writer: u64,
     epoch: u64,
     durable: u64,
+    /// An LSN from before all deaths, and the state that belongs to it.
+    known: (u64, PathBuf),
 }
 
 impl Rig {
     fn new(test: &str) -> Self {
-        require(&["blockdev"]);
+        require(&["blockdev", "cp"]);
         let chance = Chance::new(test);
         let scene = Scene::start(&Setup::default());
         let source = scene.image("disk.img", DISK_BYTES);
         let device = scene.attach(&source, "root");
         run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()]);
         scene.protect("root");
+        scene.caught_up();
+        let known = scene.root.join("known.img");
+        run(
+            "cp",
+            &[
+                "--sparse=always".as_ref(),
+                source.as_os_str(),
+                known.as_os_str(),
+            ],
+        );
+        let known = (scene.agent_status().captured.0, known);
         let mut rig = Self {
             scene,
             live: None,
@@ -43,6 +57,7 @@ impl Rig {
             next_writer: 0,
             epoch: 0,
             durable: 0,
+            known,
         };
         rig.mount();
         rig
@@ -124,6 +139,10 @@ impl Rig {
     fn finish(mut self, acknowledged: u64) {
         self.live.take().unwrap().umount();
         self.scene.assert_replica_equals("root");
+        let (lsn, known) = &self.known;
+        let view = self.scene.view(&format!("web1/root@lsn:{lsn}"));
+        assert_equal_devices(&view.device, known);
+        view.close();
         let report: afterimage_protocol::rest::server::VerifyReport =
             self.scene.aft_json(&["log", "verify"]);
         assert!(report.damage.is_empty(), "{report:?}");

@@ -17,7 +17,7 @@ const UNFINISHED: [&str; 3] = [
 ];
 
 /// Which rooms a room may know, in this order from the lowest floor up. Tests may know all.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: [(&str, &[&str]); 9] = [
     ("afterimage-blockdev", &[]),
     ("afterimage-export", &["afterimage-blockdev"]),
     ("afterimage-cache", &["afterimage-blockdev"]),
@@ -26,6 +26,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
         "afterimage-seed",
         &["afterimage-blockdev", "afterimage-cache"],
     ),
+    ("afterimage-bulk", &["afterimage-blockdev"]),
     (
         "afterimage-agent",
         &[
@@ -39,6 +40,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
         "afterimage-server",
         &[
             "afterimage-blockdev",
+            "afterimage-bulk",
             "afterimage-cache",
             "afterimage-export",
             "afterimage-protocol",
@@ -49,6 +51,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
         "aft",
         &[
             "afterimage-blockdev",
+            "afterimage-bulk",
             "afterimage-cache",
             "afterimage-protocol",
             "afterimage-seed",

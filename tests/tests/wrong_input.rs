@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use afterimage_protocol::message::DiskPhase;
+use afterimage_protocol::rest::server::Agent;
 use afterimage_tests::process::programs::{outcome_of, own};
 use afterimage_tests::process::{FsMount, MIB, Outcome, Scene, Setup, View, require, run, until};
 
@@ -51,6 +52,24 @@ fn tokens_and_certificates() {
     scene
         .enrol_as(&fresh("a2"), &token, "web2")
         .refuses(3, &["already"]);
+    // A name that another machine has: one that sends, and one that has only enrolled.
+    let token = scene.token();
+    let (same, sooner) = (fresh("a7"), fresh("a8"));
+    scene
+        .enrol_as(&same, &token, "web1")
+        .refuses(3, &["machine named web1", "--machine-name"]);
+    scene.enrol_as(&same, &token, "web2").refuses(
+        3,
+        &["machine named web2", "--machine-name", "aft agent revoke"],
+    );
+    assert!(!same.join("agent.pem").exists(), "nothing by halves");
+    // The token is good still, and a name whose agent was revoked is free again.
+    let agents: Vec<Agent> = scene.aft_json(&["agent", "list"]);
+    let own_id = scene.agent_status().agent;
+    let other = agents.iter().find(|agent| agent.agent != own_id).unwrap();
+    let _said = scene.aft_ok(&["agent", "revoke", &other.agent.to_string()]);
+    let freed = scene.enrol_as(&sooner, &token, "web2");
+    assert_eq!(freed.code, 0, "{freed:?}");
     // Expired: a token of one second, used when the appliance's own clock says so.
     let said = scene.aft_ok(&["token", "create", "--ttl", "1s"]);
     let token = said.trim().to_owned();
@@ -103,7 +122,7 @@ fn a_second_agent_is_fenced() {
     let token = scene.token();
     let enrolled = scene.enrol_as(&scene.root.join("second"), &token, "web2");
     assert_eq!(enrolled.code, 0, "{enrolled:?}");
-    let agents: Vec<afterimage_protocol::rest::server::Agent> = scene.aft_json(&["agent", "list"]);
+    let agents: Vec<Agent> = scene.aft_json(&["agent", "list"]);
     let own_id = scene.agent_status().agent;
     let other = agents
         .iter()
@@ -112,17 +131,27 @@ fn a_second_agent_is_fenced() {
         .agent
         .to_string();
     let _said = scene.aft_ok(&["machine", "move", "web1", &other]);
-    until("the fence", || {
-        let status = scene.agent_status();
-        !status.is_connected && !status.reason.is_empty()
-    });
-    println!("  fenced: {}", scene.agent_status().reason);
+    cut(&scene, &format!("held by agent {other}"));
     let _said = scene.aft_ok(&["machine", "move", "web1", &own_id.to_string()]);
     scene.stop_agent();
     scene.start_agent();
     scene.connected();
     scene.protected("disk");
     scene.assert_replica_equals("disk");
+    // A stream that is open ends with its agent's right, and the agent says why.
+    let _said = scene.aft_ok(&["agent", "revoke", &own_id.to_string()]);
+    cut(&scene, "was revoked");
+    let said = scene.aft_ok(&["agent", "status"]);
+    assert!(said.contains("was revoked"), "{said}");
+}
+
+/// Waits until the agent has lost its connection, and asserts the reason.
+fn cut(scene: &Scene, why: &str) {
+    until("the cut", || !scene.agent_status().is_connected);
+    let reason = scene.agent_status().reason;
+    println!("  cut: {reason}");
+    assert!(reason.contains(why), "{reason}");
+    until("the appliance to know", || !scene.machine().is_connected);
 }
 
 #[test]
@@ -218,7 +247,7 @@ fn disks_and_references() {
     let disk = scene.disk("root");
     println!("  shrunk: {}", disk.reason);
     assert!(disk.reason.contains("shrank"), "{disk:?}");
-    assert_eq!(disk.phase, Some(DiskPhase::ResyncNeeded));
+    assert_eq!(disk.phase, Some(DiskPhase::SourceError));
     assert!(disk.device.is_empty(), "nothing can be written");
     let view = View::files(&scene, "web1/root@before-upgrade");
     view.close();

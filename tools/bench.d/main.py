@@ -17,16 +17,23 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 
 import capture
+import churn
+import collect
 import ingest
+import locality
 import mount
+import peers
 import point
+import points
 import read
+import space
 import stored
 from errors import BenchError, Interrupted
 from report import Report, say
 from rig import Settings
 
-UNITS = [*ingest.UNITS, capture.UNIT, read.UNIT, point.UNIT, mount.UNIT, stored.UNIT]
+UNITS = [*ingest.UNITS, capture.UNIT, read.UNIT, point.UNIT, mount.UNIT, stored.UNIT, points.UNIT,
+         peers.UNIT, collect.UNIT, *space.UNITS, locality.UNIT, churn.UNIT]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

@@ -44,8 +44,11 @@ class FioRun:
         self.cpu_s_per_gib = None
 
 
-def fio(filename, pattern, runtime_s=None, **options):
-    """Runs fio with direct I/O and half-compressible data that is new in every request."""
+def fio(filename, pattern, runtime_s=None, started=None, **options):
+    """Runs fio with direct I/O and half-compressible data that is new in every request.
+
+    `started` is given the process, for who may want to end it early.
+    """
     rw, block, depth = PATTERNS.get(pattern, pattern)
     command = [
         "fio", "--name=bench", f"--filename={filename}", f"--rw={rw}", f"--bs={block}",
@@ -58,16 +61,20 @@ def fio(filename, pattern, runtime_s=None, **options):
     with tempfile.TemporaryDirectory() as directory:
         # Fio itself still tidies up after its last write; it leaves the answer in a file.
         command.append("--exec_postrun=date +%s.%N")
-        done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              cwd=directory) as process:
+            if started:
+                started(process)
+            output, complaints = process.communicate()
         ended = Path(directory, "bench.postrun.txt")
         ended = float(ended.read_text()) if ended.exists() else None
     try:
         # Warnings may come before the JSON.
-        job = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
+        job = json.loads(output[output.index("{"):])["jobs"][0]
     except (ValueError, KeyError, IndexError):
-        raise BenchError(f"fio failed: {done.stderr or done.stdout}") from None
-    if done.returncode != 0 or job["error"] != 0:
-        raise BenchError(f"fio failed on {filename}: {done.stderr}")
+        raise BenchError(f"fio failed: {complaints or output}") from None
+    if process.returncode != 0 or job["error"] != 0:
+        raise BenchError(f"fio failed on {filename}: {complaints}")
     result = FioRun(job)
     result.ended = ended
     return result

@@ -25,12 +25,13 @@ def run(settings, wanted, report):
         first, last = reach[0]["first"], reach[-1]["last"]
         say(f"   LSN {first} to {last} can be mounted")
         lsn = {"newest": last, "middle": (first + last) // 2, "oldest": first}
+        at = {where: f"lsn:{number}" for where, number in lsn.items()}
         # The first mount of a daemon loads code; it is shown, not counted.
-        say(f"   first mount: {first_byte_ms(rig, lsn['newest']):.0f} ms")
+        say(f"   first mount: {first_byte_ms(rig, at['newest']):.0f} ms")
         times = {where: [] for where in WHERE}
         for _ in range(ROUNDS):
             for where in WHERE:
-                times[where].append(first_byte_ms(rig, lsn[where]))
+                times[where].append(first_byte_ms(rig, at[where]))
         for where in WHERE:
             key = f"mount.first_byte_ms.{where}"
             if key in wanted:
@@ -38,11 +39,12 @@ def run(settings, wanted, report):
                 report.add(Figure(key, median(times[where]), "ms", REACH_MS, "lower"))
 
 
-def first_byte_ms(rig, lsn):
+def first_byte_ms(rig, at):
+    """`at` is a point's name, or `lsn:N`."""
     drop_caches()
     buffer = mmap.mmap(-1, FIRST_BYTES)
     began = time.monotonic()
-    with rig.view(f"{REFERENCE}@lsn:{lsn}") as path:
+    with rig.view(f"{REFERENCE}@{at}") as path:
         device = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
             os.preadv(device, [buffer], 0)

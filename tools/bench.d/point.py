@@ -53,11 +53,11 @@ def compared(before, after):
                   (middle(after, "cpu"), middle(before, "cpu")))
 
 
-def ingest(rig, device):
+def ingest(rig, device, seconds=None):
     """Random writes until all of them are acknowledged."""
     drop_caches()
     cpu = Cpu()
-    done = fio(device, "randwrite_qd32", rig.settings.pick(4, 1))
+    done = fio(device, "randwrite_qd32", seconds or rig.settings.pick(4, 1))
     rig.drained()
     seconds = seconds_until_now(done)
     return {"mib_per_s": done.bytes / MIB / seconds, "cpu": cpu.stop().per_gib(done.bytes)}
@@ -71,8 +71,9 @@ def percentile(values, percent):
 class Maker:
     """Makes points, and counts them."""
 
-    def __init__(self, rig, device, size):
+    def __init__(self, rig, device, size, depth=1, writes=64):
         self.rig, self.device, self.size = rig, device, size
+        self.depth, self.writes = depth, writes
         self.count = 0
 
     def make_until(self, count):
@@ -84,7 +85,8 @@ class Maker:
         answer = command(
             self.rig.settings.bin / "afterimage-bench", "points", "--device", self.device,
             "--size-bytes", self.size, "--socket", self.rig.socket, "--machine", MACHINE,
-            "--first", self.count, "--count", count)
+            "--first", self.count, "--count", count, "--writes", self.writes,
+            "--depth", self.depth)
         self.count += count
         return [us / 1000 for us in json.loads(answer)["create_us"]]
 

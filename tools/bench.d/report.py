@@ -14,7 +14,10 @@ def median(values):
 
 
 class Figure:
-    """One key. Without a baseline it is absolute, and `reach` is in its unit."""
+    """One key. Without a baseline it is absolute, and `reach` is in its unit.
+
+    `reach` is None where none was set: the figure is shown, and judged by nobody.
+    """
 
     def __init__(self, key, ours, unit, reach, better, baseline=None, baseline_name="none",
                  cpu=(None, None)):
@@ -29,7 +32,7 @@ class Figure:
     @property
     def is_reached(self):
         value = self.ours if self.baseline is None else self.ratio
-        if value is None:
+        if value is None or self.reach is None:
             return False
         return value >= self.reach if self.better == "higher" else value <= self.reach
 
@@ -45,6 +48,11 @@ class Figure:
             "better": self.better,
         }
 
+    def reach_shown(self):
+        if self.reach is None:
+            return "not set"
+        return f"{'at least' if self.better == 'higher' else 'at most'} {self.reach}"
+
     def row(self):
         cpu = " / ".join("" if value is None else f"{value:.2f}" for value in self.cpu)
         return [
@@ -53,8 +61,8 @@ class Figure:
             "" if self.baseline is None else f"{shown(self.baseline)} {self.unit}",
             self.baseline_name,
             "" if self.ratio is None else f"{self.ratio:.3f}",
-            f"{'at least' if self.better == 'higher' else 'at most'} {self.reach}",
-            "yes" if self.is_reached else "no",
+            self.reach_shown(),
+            "" if self.reach is None else "yes" if self.is_reached else "no",
             cpu if cpu != " / " else "",
         ]
 

@@ -77,9 +77,9 @@ def wait_for(what, condition, seconds=PATIENCE_S, every_s=0.02):
 class Rig(contextlib.ExitStack):
     """See the module's text. Use it as a context."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, config=""):
         super().__init__()
-        self.settings = settings
+        self.settings, self.config = settings, config
         self.directory = settings.directory / "rig"
         self.data = self.directory / "data"
         self.socket = self.data / "control.sock"
@@ -92,6 +92,14 @@ class Rig(contextlib.ExitStack):
             raise BenchError(f"{settings.directory} has {free >> 30} GiB free; a name may need 40")
         self.directory.mkdir()
         self.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        self.callback(self._unmount_left_behind)
+
+    def _unmount_left_behind(self):
+        """A daemon that was killed leaves its mounts."""
+        for line in Path("/proc/mounts").read_text().splitlines():
+            place = line.split()[1]
+            if place.startswith(f"{self.directory}/"):
+                subprocess.run(["umount", "--lazy", place], check=False)
 
     # --- Processes ---------------------------------------------------------------------------
 
@@ -131,9 +139,11 @@ class Rig(contextlib.ExitStack):
                 return self.ask("GET", "/v1/status") is not None
             return False
 
+        config = self.directory / "server.toml"
+        config.write_text(self.config)
         self.server = self._start(
-            "afterimaged", answers, self.settings.bin / "afterimaged", "--data-dir", self.data,
-            "--data-listen", f"127.0.0.1:{self.data_port}",
+            "afterimaged", answers, self.settings.bin / "afterimaged", "--config", config,
+            "--data-dir", self.data, "--data-listen", f"127.0.0.1:{self.data_port}",
             "--control-listen", f"127.0.0.1:{self.control_port}")
         self.callback(self._stop, self.server)
 
@@ -178,6 +188,38 @@ class Rig(contextlib.ExitStack):
         if answer.status >= 300:
             raise BenchError(f"{method} {path}: {content.decode(errors='replace')}")
         return json.loads(content) if content else {}
+
+    def timed(self, method, path, body=None):
+        """As `ask`, over a connection that is open; gives the milliseconds as well."""
+        connection = UnixConnection(self.socket)
+        try:
+            connection.connect()
+            text = None if body is None else json.dumps(body)
+            began = time.monotonic()
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = answer.read()
+            spent_ms = (time.monotonic() - began) * 1000
+        finally:
+            connection.close()
+        if answer.status >= 300:
+            raise BenchError(f"{method} {path}: {content.decode(errors='replace')}")
+        return json.loads(content) if content else {}, spent_ms
+
+    def set_policy(self, window_s, tiers):
+        """Keeps every LSN for the window, then one point of each interval of the tiers."""
+        tiers = [{"interval_s": interval, "keep_for_s": keep} for interval, keep in tiers]
+        policy = {"journal_window_s": window_s, "tiers": tiers}
+        self.ask("POST", f"/v1/machines/{MACHINE}/policy",
+                 {"policy": policy, "expected_version": None})
+
+    def collect(self):
+        """Collects what nobody needs; returns when that is done."""
+        return self.ask("POST", "/v1/store/collect")
+
+    def stored_bytes(self):
+        """Bytes that the data directory takes; the tree of files mounted in it takes none."""
+        return int(run("du", "-xsB1", self.data).split()[0])
 
     def agent_status(self):
         return self.ask("GET", "/v1/status", at=self.agent_socket)

@@ -49,6 +49,8 @@ pub struct TapConfig {
     pub source_depth: u32,
     /// How long a detach waits for the last user to go.
     pub detach_wait_ms: u64,
+    /// How often the sizes of the sources are looked at.
+    pub size_check_ms: u64,
 }
 
 /// The activity log.
@@ -152,6 +154,7 @@ impl Default for TapConfig {
             fuse_background_max: 512,
             source_depth: 256,
             detach_wait_ms: 5_000,
+            size_check_ms: 10_000,
         }
     }
 }
@@ -263,6 +266,10 @@ impl Config {
         at_least(
             self.tap.source_depth > 0,
             "tap.source_depth must be at least 1",
+        )?;
+        at_least(
+            self.tap.size_check_ms > 0,
+            "tap.size_check_ms must be above 0",
         )?;
         at_least(
             self.activity.flush_interval_ms > 0,

@@ -99,6 +99,14 @@ pub enum AgentError {
         /// The size found.
         found_bytes: u64,
     },
+    /// A source grew, and the disk cannot follow yet.
+    #[error("{name} cannot grow yet: {reason}")]
+    GrowsLater {
+        /// The disk's name.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// A device is in use.
     #[error("{device} is in use: {user}")]
     InUse {
@@ -162,7 +170,9 @@ impl AgentError {
     #[must_use]
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Unreachable { .. } | Self::NotConnected { .. } => ErrorClass::Retry,
+            Self::Unreachable { .. } | Self::NotConnected { .. } | Self::GrowsLater { .. } => {
+                ErrorClass::Retry
+            }
             Self::Damaged { .. } => ErrorClass::Corrupt,
             Self::Name { .. } | Self::NameTaken { .. } | Self::NoSuchDisk { .. } => {
                 ErrorClass::Refused
@@ -187,11 +197,16 @@ impl AgentError {
             Self::AlreadyEnrolled { .. } => "use another --state-dir for another appliance",
             Self::NameTaken { .. } => "choose another name, or detach that disk first",
             Self::NoSuchDisk { .. } => "list the disks to see the names",
-            Self::Shrunk { .. } => "restore the source's size, or attach it under a new name",
-            Self::InUse { .. } => "unmount it and close what uses it, then try again",
-            Self::NotConnected { .. } | Self::Unreachable { .. } => {
-                "check the address, the network and that afterimaged runs"
+            Self::Shrunk { .. } => {
+                "make the source as large as it was (what was cut off is in the replica), or \
+                 attach it under a new name"
             }
+            Self::GrowsLater { .. } => "wait: it grows by itself",
+            Self::InUse { .. } => "unmount it and close what uses it, then try again",
+            Self::NotConnected { .. } => {
+                "it connects by itself when it can; `aft agent status` shows how it is"
+            }
+            Self::Unreachable { .. } => "check the address, the network and that afterimaged runs",
             Self::Damaged { .. } => "restore the file, or remove it and recheck the whole disk",
             Self::Appliance(error) => return error.hint.clone(),
             Self::Export(error) => return error.hint().to_owned(),

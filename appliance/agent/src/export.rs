@@ -54,6 +54,14 @@ impl TapTree {
         self.entries.write().1.retain(|entry| entry.name != name);
     }
 
+    /// The node of a disk's file.
+    #[must_use]
+    pub fn node_of(&self, disk: &str) -> Option<NodeId> {
+        let name = OsString::from(Self::file_name(disk));
+        let id = self.find(|entry| entry.name == name, |entry| entry.id);
+        id.ok()
+    }
+
     fn root(&self) -> Node {
         Node {
             id: NodeId::ROOT,

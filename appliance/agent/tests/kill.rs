@@ -272,7 +272,7 @@ fn wrong_input_is_refused_and_a_shrunk_disk_stays_out() {
     let disk = process.disk("data");
     assert!(disk.reason.contains("shrank"), "{}", disk.reason);
     assert_eq!(disk.device, "");
-    assert_eq!(disk.phase, Some(DiskPhase::ResyncNeeded));
+    assert_eq!(disk.phase, Some(DiskPhase::SourceError));
     process.terminate();
 }
 

@@ -169,6 +169,8 @@ pub enum DiskPhase {
     Protected,
     /// Capture goes on, and a resync is needed.
     ResyncNeeded,
+    /// The source shrank or cannot be used; what was sent stays.
+    SourceError,
 }
 
 /// From whoever keeps records to whoever sends them.
@@ -211,6 +213,8 @@ pub enum FromReceiver {
         /// Says whether a batch of this disk was begun and not ended.
         is_in_batch: bool,
         /// The bytes of bulk that are durable in that batch, as ranges (first block, blocks).
+        /// Outside a batch: what a seed may hold. Nobody compared that yet, so it is asked about
+        /// before it is sent, once the record that begins the batch is acknowledged.
         bulk_done: Vec<(u64, u64)>,
     },
     /// Everything up to `durable` is durable; so much more may be on its way.

@@ -10,8 +10,10 @@ use crate::catalogue::{Catalogue, CatalogueError};
 use crate::config::Config;
 use crate::engine::{EngineGone, EngineHandle};
 use crate::events::EventLog;
-use crate::ingest::Reports;
+use crate::ingest::{LiveStreams, Reports};
 use crate::mounts::Mounts;
+use crate::scrub::Scrub;
+use crate::seeds::Seeds;
 
 /// Name and version of this program.
 pub const PROGRAM: &str = concat!("afterimaged ", env!("CARGO_PKG_VERSION"));
@@ -34,8 +36,14 @@ pub struct Appliance {
     pub events: EventLog,
     /// What the agents said last.
     pub reports: Reports,
+    /// The streams that agents have open.
+    pub live: LiveStreams,
     /// The mounts.
     pub mounts: Arc<Mounts>,
+    /// Checks of the whole store.
+    pub scrub: Scrub,
+    /// Seeds of first copies.
+    pub seeds: Arc<Seeds>,
     /// Port of the data service, as it is bound.
     pub data_port: u16,
     /// Port of the control service, as it is bound.

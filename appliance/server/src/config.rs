@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
 use crate::engine::EngineSettings;
+use crate::scrub::ScrubSettings;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +98,18 @@ pub struct Store {
     pub run_flush_entries: usize,
     /// Distance of crash marks.
     pub crash_mark_interval_ms: u64,
+    /// Time between two collections of what nobody needs.
+    pub collect_interval_ms: u64,
+    /// Time from the end of one check of the whole store to the begin of the next; 0: only when
+    /// asked for.
+    pub scrub_interval_ms: u64,
+    /// How much of the medium that check takes.
+    pub scrub_bytes_per_second: u64,
+    /// Bytes of the log beyond which its oldest segments are moved to the seed store, also within
+    /// the journal window; only the window counts when not set.
+    pub cache_bytes: Option<u64>,
+    /// How often points are thinned and journal windows move.
+    pub retention_interval_ms: u64,
     /// How long after the last record an idle commit follows.
     pub idle_commit_ms: u64,
     /// Wait before a full medium is tried again.
@@ -217,6 +230,11 @@ impl Default for Store {
             segment_bytes: 64 << 20,
             run_flush_entries: 1 << 20,
             crash_mark_interval_ms: 300_000,
+            collect_interval_ms: 600_000,
+            scrub_interval_ms: 7 * DAY_S * 1000,
+            scrub_bytes_per_second: 32 << 20,
+            cache_bytes: None,
+            retention_interval_ms: 60_000,
             idle_commit_ms: 100,
             retry_ms: 1000,
             backend: BackendChoice::Auto,
@@ -338,6 +356,18 @@ impl Config {
                 "at least 1000",
             ),
             (
+                "store.retention_interval_ms",
+                store.retention_interval_ms.to_string(),
+                (1000..=DAY_S * 1000).contains(&store.retention_interval_ms),
+                "from 1000 to a day",
+            ),
+            (
+                "store.scrub_bytes_per_second",
+                store.scrub_bytes_per_second.to_string(),
+                store.scrub_bytes_per_second >= 1 << 20,
+                "at least 1 MiB",
+            ),
+            (
                 "certificates.agent_ttl_s",
                 certificates.agent_ttl_s.to_string(),
                 (60..=3650 * DAY_S).contains(&certificates.agent_ttl_s),
@@ -384,6 +414,10 @@ impl Config {
             ("control.body_bytes_max", control.body_bytes_max == 0),
             ("control.events_max", control.events_max == 0),
             ("store.run_flush_entries", self.store.run_flush_entries == 0),
+            (
+                "store.collect_interval_ms",
+                self.store.collect_interval_ms == 0,
+            ),
             ("store.retry_ms", self.store.retry_ms == 0),
             ("store.idle_commit_ms", self.store.idle_commit_ms == 0),
             ("mounts.mounts_max", self.mounts.mounts_max == 0),
@@ -418,9 +452,21 @@ impl Config {
             segment_bytes: store.segment_bytes,
             flush_entries: store.run_flush_entries,
             crash_mark_interval: ms(store.crash_mark_interval_ms),
+            collect_interval: ms(store.collect_interval_ms),
+            cache_bytes: store.cache_bytes,
+            retention_interval: ms(store.retention_interval_ms),
             idle_commit: ms(store.idle_commit_ms),
             retry: ms(store.retry_ms),
             backend: store.backend.into(),
+        }
+    }
+
+    /// When and how fast the whole store is checked.
+    #[must_use]
+    pub fn scrub_settings(&self) -> ScrubSettings {
+        ScrubSettings {
+            interval_ms: self.store.scrub_interval_ms,
+            bytes_per_second: self.store.scrub_bytes_per_second,
         }
     }
 

@@ -27,8 +27,10 @@ use crate::control;
 use crate::engine::{Command, EngineHandle};
 use crate::events::EventLog;
 use crate::failure::StartError;
-use crate::ingest::{self, Ingest, Reports};
+use crate::ingest::{self, Ingest, LiveStreams, Reports};
 use crate::mounts::{MountPlaces, Mounts};
+use crate::scrub::Scrub;
+use crate::seeds::Seeds;
 use crate::tls::{ClientAuth, server_config};
 
 /// How long connections have to end when the daemon stops.
@@ -184,12 +186,13 @@ impl Parts {
             tracing::warn!("some connections did not end in time");
             services.abort_all();
         }
-        let mounts = Arc::clone(&appliance.mounts);
-        if tokio::task::spawn_blocking(move || mounts.stop())
-            .await
-            .is_err()
-        {
-            tracing::error!("ending the mounts failed");
+        let ending = Arc::clone(&appliance);
+        let ended = tokio::task::spawn_blocking(move || {
+            ending.scrub.stop();
+            ending.mounts.stop();
+        });
+        if ended.await.is_err() {
+            tracing::error!("ending the scrub and the mounts failed");
         }
         if let Err(error) = std::fs::remove_file(&socket) {
             tracing::debug!(%error, "the local socket stays");
@@ -255,8 +258,17 @@ impl Parts {
         };
         let (data_port, control_port) = (port(&listeners.data)?, port(&listeners.control)?);
         let mounts = start_mounts(&data_dir, &config, &engine, &clock).await?;
+        let seeds = Seeds::open(&data_dir)?;
         let events = EventLog::start(catalogue.clone(), Arc::clone(&clock));
         events.note("started", format!("{PROGRAM} has started"));
+        let scrub = Scrub::start(
+            &data_dir,
+            config.scrub_settings(),
+            engine.clone(),
+            events.clone(),
+            Arc::clone(&clock),
+        );
+        let scrub = scrub.map_err(StartError::Runtime)?;
         let appliance = Arc::new(Appliance {
             config,
             engine,
@@ -266,7 +278,10 @@ impl Parts {
             entropy,
             events,
             reports: Reports::default(),
+            live: LiveStreams::default(),
             mounts: Arc::new(mounts),
+            scrub,
+            seeds: Arc::new(seeds),
             data_port,
             control_port,
         });

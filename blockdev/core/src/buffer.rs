@@ -2,7 +2,7 @@
 
 use core::fmt;
 use core::ops::{Deref, DerefMut};
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// Alignment of every buffer, in bytes; enough for direct I/O on any device.
@@ -29,11 +29,15 @@ impl IoBuffer {
         Layout::from_size_align(capacity, BUFFER_ALIGNMENT).expect("buffer within address space")
     }
 
+    fn capacity_for(len: usize) -> usize {
+        len.next_multiple_of(BUFFER_ALIGNMENT).max(BUFFER_ALIGNMENT)
+    }
+
     /// Makes a buffer of `len` zero bytes; the capacity is `len` rounded up to 4096 (at least
     /// 4096).
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let capacity = len.next_multiple_of(BUFFER_ALIGNMENT).max(BUFFER_ALIGNMENT);
+        let capacity = Self::capacity_for(len);
         let layout = Self::layout(capacity);
         // SAFETY: the layout's size is not zero.
         let raw = unsafe { alloc_zeroed(layout) };
@@ -50,9 +54,25 @@ impl IoBuffer {
     /// Makes a buffer that holds a copy of `bytes`.
     #[must_use]
     pub fn copy_of(bytes: &[u8]) -> Self {
-        let mut buffer = Self::zeroed(bytes.len());
-        buffer.copy_from_slice(bytes);
-        buffer
+        let len = bytes.len();
+        let capacity = Self::capacity_for(len);
+        let layout = Self::layout(capacity);
+        // SAFETY: the layout's size is not zero.
+        let raw = unsafe { alloc(layout) };
+        let Some(address) = NonNull::new(raw) else {
+            handle_alloc_error(layout)
+        };
+        // SAFETY: `capacity` bytes were just allocated, `len` of them are copied from elsewhere,
+        // and the rest is set to zero; so all are initialised.
+        unsafe {
+            raw.copy_from_nonoverlapping(bytes.as_ptr(), len);
+            raw.add(len).write_bytes(0, capacity - len);
+        }
+        Self {
+            address,
+            capacity,
+            len,
+        }
     }
 
     /// Makes an empty buffer that can grow to `capacity` without moving.
@@ -115,7 +135,7 @@ impl IoBuffer {
 impl Drop for IoBuffer {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this very layout and not yet freed.
+        // SAFETY: allocated with this very layout and not yet freed.
         unsafe { dealloc(self.address.as_ptr(), Self::layout(self.capacity)) }
     }
 }
@@ -146,5 +166,23 @@ impl Clone for IoBuffer {
 impl fmt::Debug for IoBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "IoBuffer({} of {} bytes)", self.len, self.capacity)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_whole_and_zero_behind_its_end() {
+        for len in [0_usize, 1, 4095, 4096, 4097, 3 * 4096 + 512] {
+            let bytes: Vec<u8> = (0..len).map(|at| (at % 255).to_le_bytes()[0] + 1).collect();
+            let mut copy = IoBuffer::copy_of(&bytes);
+            assert_eq!(&copy[..], &bytes[..]);
+            let capacity = copy.capacity();
+            assert!(capacity >= len.max(1) && capacity.is_multiple_of(BUFFER_ALIGNMENT));
+            copy.set_len(capacity);
+            assert!(copy[len..].iter().all(|byte| *byte == 0));
+        }
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! This crate knows nothing of replication: no history is interpreted here, no record, no network.
 
+pub mod allocation;
 pub mod buffer;
 mod check;
 pub mod clock;
@@ -17,6 +18,7 @@ pub mod id;
 pub mod memory;
 pub mod overlay;
 mod pages;
+pub mod patience;
 pub mod random;
 pub mod range_lock;
 pub mod real;

@@ -22,6 +22,8 @@ use crate::{ioctl, mount_table, partition, sys};
 const LOOP_CONTROL: &str = "/dev/loop-control";
 /// Free devices that others snatched away before one is ours, at most.
 const ATTEMPTS_MAX: u32 = 64;
+/// The unit of sizes below `/sys`, whatever the logical block.
+const SECTOR_BYTES: u64 = 512;
 /// The backing file's server has this long to open it.
 const ATTACH_WAIT: Duration = Duration::from_secs(30);
 
@@ -157,6 +159,17 @@ impl LoopDevice {
         let system = |source| ExportError::system("resize", &path, source);
         let device = open_device(&path, false).map_err(system)?;
         ioctl::update_loop_capacity(&device).map_err(system)
+    }
+
+    /// The present size in bytes.
+    ///
+    /// # Errors
+    /// When `/sys` cannot be read.
+    pub fn size_bytes(&self) -> Result<u64, ExportError> {
+        let path = sys_path(self.number, "size");
+        let sectors = read_number(&path);
+        let sectors = sectors.map_err(|source| ExportError::system("read", &path, source))?;
+        Ok(sectors.saturating_mul(SECTOR_BYTES))
     }
 
     /// Detaches, and returns when the backing file is closed.

@@ -5,10 +5,11 @@ use core::ops::Range;
 use afterimage_blockdev::Lsn;
 
 use super::{FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Frame, FrameHeader, FrameIdentity, HASH_AT};
-use crate::bytes::{array, narrow, put, wide};
+use crate::bytes::{narrow, put, wide};
+use crate::lanes::{Lanes, Message};
 use crate::record::{NOTE_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader};
 use crate::seal::Sealer;
-use crate::slot::SlotContext;
+use crate::slot::{ContentTag, HASH_AT as SLOT_HASH_AT, HashedHead, SlotContext, SlotView};
 
 /// Builds a frame record by record.
 #[derive(Debug)]
@@ -21,7 +22,9 @@ pub struct FrameBuilder {
     last: Lsn,
     record_count: u32,
     slot_count: u32,
-    slot_hashes: Vec<[u8; 32]>,
+    /// Slots, whose hashes are made together in the end: where each begins, and what else its
+    /// hash covers.
+    slots: Vec<(usize, HashedHead)>,
     parts: Vec<(Range<usize>, Range<usize>, Range<usize>)>,
 }
 
@@ -38,9 +41,14 @@ impl FrameBuilder {
             last: Lsn::ZERO,
             record_count: 0,
             slot_count: 0,
-            slot_hashes: Vec::new(),
+            slots: Vec::new(),
             parts: Vec::new(),
         }
+    }
+
+    /// Makes room for so many bytes at once.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.bytes.reserve(bytes.min(FRAME_BYTES_MAX));
     }
 
     /// Bytes so far, header included.
@@ -69,23 +77,38 @@ impl FrameBuilder {
     /// # Panics
     /// When the record's kind has no slots, or the lengths differ.
     pub fn push_data(&mut self, record: &RecordHeader, plain: &[u8], sealer: &mut Sealer) {
+        let tags = sealer.tags(plain);
+        self.push_tagged(record, plain, &tags, sealer);
+    }
+
+    /// Adds a record with data whose content tags are known: one for each block.
+    ///
+    /// # Panics
+    /// When the record's kind has no slots, or the lengths differ.
+    pub fn push_tagged(
+        &mut self,
+        record: &RecordHeader,
+        plain: &[u8],
+        tags: &[ContentTag],
+        sealer: &mut Sealer,
+    ) {
         assert!(record.kind.has_slots() && wide(plain.len()) == record.length);
         let start = self.bytes.len();
         self.bytes.extend_from_slice(&[0; RECORD_HEADER_BYTES]);
-        let hashes_from = self.slot_hashes.len();
-        let mut rest = plain;
+        let slots_from = self.slots.len();
+        let (mut rest, mut tags_rest) = (plain, tags);
         for (cell, mask) in crate::record::cells(record.offset, record.length) {
-            let len = mask.count_ones() as usize * afterimage_blockdev::BLOCK_BYTES;
-            let (now, later) = rest.split_at(len);
-            rest = later;
+            let blocks = mask.count_ones() as usize;
+            let (now, later) = rest.split_at(blocks * afterimage_blockdev::BLOCK_BYTES);
+            let (tags, tags_later) = tags_rest.split_at(blocks);
+            (rest, tags_rest) = (later, tags_later);
             let context =
                 SlotContext::uniform(record.disk, self.identity.history, cell, mask, record.lsn);
             let slot_at = self.bytes.len();
-            sealer.seal(&context, now, &mut self.bytes);
-            let hash = array(&self.bytes, slot_at + 40).expect("a slot has a hash");
-            self.slot_hashes.push(hash);
+            let header = sealer.seal_unhashed(&context, now, tags, &mut self.bytes);
+            self.slots.push((slot_at, header.hashed_head(&context)));
         }
-        self.finish_record(record, start, hashes_from);
+        self.finish_record(record, start, slots_from);
     }
 
     /// Adds a record without data; `note` is the name of a mark or the disks of a batch.
@@ -97,12 +120,12 @@ impl FrameBuilder {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(&[0; RECORD_HEADER_BYTES]);
         self.bytes.extend_from_slice(note);
-        let hashes_from = self.slot_hashes.len();
-        self.finish_record(record, start, hashes_from);
+        let slots_from = self.slots.len();
+        self.finish_record(record, start, slots_from);
     }
 
-    fn finish_record(&mut self, record: &RecordHeader, start: usize, hashes_from: usize) {
-        let slots = self.slot_hashes.len() - hashes_from;
+    fn finish_record(&mut self, record: &RecordHeader, start: usize, slots_from: usize) {
+        let slots = self.slots.len() - slots_from;
         let slot_count = u16::try_from(slots).expect("a write has at most 257 slots");
         let body_len = narrow(self.bytes.len() - start - RECORD_HEADER_BYTES);
         let body = start + RECORD_HEADER_BYTES..self.bytes.len();
@@ -114,7 +137,7 @@ impl FrameBuilder {
         let header = record.encode(slot_count, body_len, note);
         put(&mut self.bytes, start, &header);
         self.parts
-            .push((start..body.start, body, hashes_from..self.slot_hashes.len()));
+            .push((start..body.start, body, slots_from..self.slots.len()));
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
         self.first.get_or_insert(record.lsn);
         self.last = record.lsn;
@@ -139,6 +162,7 @@ impl FrameBuilder {
             body_len: narrow(self.bytes.len() - FRAME_HEADER_BYTES),
             hash: [0; 32],
         };
+        let slot_hashes = self.hash_slots();
         let encoded = header.encode_without_hash();
         self.hasher.update(&encoded);
         for (head, body, hashes) in &self.parts {
@@ -147,7 +171,7 @@ impl FrameBuilder {
                 self.hasher.update(&self.bytes[body.clone()]);
             } else {
                 self.hasher
-                    .update(self.slot_hashes[hashes.clone()].as_flattened());
+                    .update(slot_hashes[hashes.clone()].as_flattened());
             }
         }
         header.hash = *self.hasher.finalize().as_bytes();
@@ -158,4 +182,29 @@ impl FrameBuilder {
             bytes: self.bytes,
         }
     }
+
+    /// Makes the slots' hashes and writes them into the slots.
+    fn hash_slots(&mut self) -> Vec<[u8; 32]> {
+        let mut hashes = Vec::with_capacity(self.slots.len());
+        let messages: Vec<Message<'_>> = self
+            .slots
+            .iter()
+            .map(|(at, head)| Message {
+                head,
+                rest: stored_of(&self.bytes, *at),
+            })
+            .collect();
+        Lanes::new().hash(&messages, |_, hash| hashes.push(hash));
+        for ((at, _), hash) in self.slots.iter().zip(&hashes) {
+            put(&mut self.bytes, at + SLOT_HASH_AT, hash);
+        }
+        hashes
+    }
+}
+
+/// The stored bytes of the slot that begins there.
+fn stored_of(bytes: &[u8], at: usize) -> &[u8] {
+    SlotView::parse(&bytes[at..])
+        .expect("a slot that was just sealed")
+        .stored
 }

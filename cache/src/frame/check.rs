@@ -4,7 +4,9 @@ use afterimage_blockdev::{DiskId, Lsn};
 
 use super::{FrameHeader, FrameView, NAME};
 use crate::error::Damage;
+use crate::lanes::{LANES, Lanes, Message};
 use crate::record::{RECORD_HEADER_BYTES, RecordHeader, RecordKind};
+use crate::slot::{HashedHead, SlotView};
 
 /// A slot whose content is not what was written, in a frame that is otherwise whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,6 +84,7 @@ impl FrameView<'_> {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.header.encode_without_hash());
         let mut order = OrderCheck::new(&self.header);
+        let mut slots = SlotCheck::new();
         for item in self.records() {
             let (_, record) = item?;
             order.next(&record.header)?;
@@ -91,22 +94,70 @@ impl FrameView<'_> {
             hasher.update(record.note());
             for slot in record.slots(history) {
                 let (_, context, slot) = slot?;
-                let checked = slot.verify(&context).and_then(|()| slot.verify_padding());
-                if let Err(damage) = checked {
-                    report(DamagedSlot {
-                        slot: order.slots,
-                        lsn: record.header.lsn,
-                        disk: record.header.disk,
-                        damage,
-                    })?;
-                }
                 hasher.update(&slot.header.hash);
+                let (lsn, disk) = (record.header.lsn, record.header.disk);
+                let head = slot.header.hashed_head(&context);
+                slots.waiting.push((order.slots, lsn, disk, slot, head));
+                if slots.waiting.len() == LANES {
+                    slots.check(&mut report)?;
+                }
                 order.slots += 1;
             }
         }
+        slots.check(&mut report)?;
         order.finish()?;
         if *hasher.finalize().as_bytes() != self.header.hash {
             return Err(Damage::Hash { structure: NAME });
+        }
+        Ok(())
+    }
+}
+
+/// Checks slots some at a time.
+struct SlotCheck<'a> {
+    lanes: Lanes,
+    waiting: Vec<(u32, Lsn, DiskId, SlotView<'a>, HashedHead)>,
+}
+
+impl SlotCheck<'_> {
+    fn new() -> Self {
+        Self {
+            lanes: Lanes::new(),
+            waiting: Vec::with_capacity(LANES),
+        }
+    }
+
+    /// Checks what waits: its hashes, then its padding.
+    fn check(
+        &mut self,
+        mut report: impl FnMut(DamagedSlot) -> Result<(), Damage>,
+    ) -> Result<(), Damage> {
+        let messages: Vec<Message<'_>> = self
+            .waiting
+            .iter()
+            .map(|(.., slot, head)| Message {
+                head,
+                rest: slot.stored,
+            })
+            .collect();
+        let mut hashes = [[0; 32]; LANES];
+        self.lanes
+            .hash(&messages, |place, hash| hashes[place] = hash);
+        for ((number, lsn, disk, slot, _), hash) in self.waiting.drain(..).zip(hashes) {
+            let is_right = hash == slot.header.hash;
+            let checked = if is_right {
+                slot.verify_padding()
+            } else {
+                Err(Damage::Hash { structure: "slot" })
+            };
+            if let Err(damage) = checked {
+                report(DamagedSlot {
+                    slot: number,
+                    lsn,
+                    disk,
+                    damage,
+                })?;
+            }
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use afterimage_blockdev::{AgentId, Epoch, HistoryId, Lsn, MachineId};
 
 use crate::bytes::{array, get_u16, get_u32, get_u64, index, put};
 use crate::error::Damage;
-use crate::record::{RECORD_HEADER_BYTES, RecordView};
+use crate::record::{LSN_MAX, RECORD_HEADER_BYTES, RecordView};
 
 /// Bytes of a frame's header.
 pub const FRAME_HEADER_BYTES: usize = 160;
@@ -170,7 +170,8 @@ impl FrameHeader {
         if header.frame_len() > FRAME_BYTES_MAX || !header.body_len.is_multiple_of(8) {
             return Err(field("length"));
         }
-        if header.record_count == 0 || header.first > header.last {
+        let is_legal = header.first <= header.last && header.last < LSN_MAX;
+        if header.record_count == 0 || !is_legal {
             return Err(field("LSN range"));
         }
         Ok(header)

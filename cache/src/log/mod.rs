@@ -232,6 +232,17 @@ pub enum LogOutput {
     Closed,
 }
 
+/// A segment that will not change any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SealedSegment {
+    /// The segment.
+    pub segment: SegmentId,
+    /// Sequence of its last commit.
+    pub last_sequence: u64,
+    /// Bytes of its file.
+    pub bytes: u64,
+}
+
 /// A segment that is not being written.
 #[derive(Clone, Copy, Debug)]
 struct OldSegment {
@@ -324,6 +335,8 @@ pub struct Log {
     next_segment: u32,
     next_sequence: u64,
     durable_through: u64,
+    /// Highest sequence of which something was found at start.
+    found_through: u64,
     /// Highest `durable_through` that a durable commit carries.
     marked_through: u64,
     last_data_sequence: u64,
@@ -363,6 +376,7 @@ impl Log {
             old: VecDeque::new(),
             next_segment: 1,
             next_sequence: 1,
+            found_through: 0,
             durable_through: 0,
             marked_through: 0,
             last_data_sequence: 0,
@@ -415,6 +429,30 @@ impl Log {
         all
     }
 
+    /// The segments that will not change any more, oldest first.
+    #[must_use]
+    pub fn sealed_segments(&self) -> Vec<SealedSegment> {
+        let is_sealing = |old: &&OldSegment| {
+            let mut sealing = self.sealing.iter();
+            !sealing.any(|sealing| sealing.identity.segment == old.id)
+        };
+        let sealed = self.old.iter().take_while(is_sealing);
+        sealed
+            .map(|old| SealedSegment {
+                segment: old.id,
+                last_sequence: old.last_sequence,
+                bytes: old.bytes,
+            })
+            .collect()
+    }
+
+    /// Highest sequence of which the files said at start that it was there; below what the start
+    /// was told to begin with, something is missing.
+    #[must_use]
+    pub fn found_through(&self) -> u64 {
+        self.found_through
+    }
+
     /// Highest sequence that is durable.
     #[must_use]
     pub fn durable_through(&self) -> u64 {
@@ -430,6 +468,11 @@ impl Log {
     /// Sets the wall time that new segments carry, for people who read them.
     pub fn set_wall_time(&mut self, wall: Timestamp) {
         self.wall = wall;
+    }
+
+    /// Sets the bytes that all segment files may take.
+    pub fn set_budget(&mut self, bytes: u64) {
+        self.options.budget_bytes = bytes;
     }
 
     /// Takes one input; what it leads to is appended to `out`, in order.

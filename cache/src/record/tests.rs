@@ -110,3 +110,14 @@ proptest! {
         }
     }
 }
+
+/// What follows an LSN is counted from it, so the last ones are nobody's.
+#[test]
+fn an_lsn_with_no_room_to_count_on_is_refused() {
+    let decodes = |lsn: Lsn| {
+        let header = RecordHeader { lsn, ..mark(1) };
+        RecordView::parse(&header.encode(0, 0, &[])).is_ok()
+    };
+    assert!(decodes(Lsn(LSN_MAX.0 - 1)));
+    assert!(!decodes(LSN_MAX) && !decodes(Lsn(u64::MAX)));
+}

@@ -2,7 +2,7 @@
 
 use afterimage_blockdev::{HistoryId, IoBuffer, SegmentId, StoreId};
 
-use super::{SECTOR, SalvagedRecord, SegmentIdentity, SegmentScan};
+use super::{SECTOR, SalvagedRecord, SegmentIdentity, SegmentScan, is_sequence};
 use crate::bytes::{array, get_u16, get_u32, get_u64, index, is_zero, narrow, put, wide};
 use crate::error::Damage;
 use crate::frame::FrameView;
@@ -207,14 +207,25 @@ impl Footer {
                 supported: VERSION,
             });
         }
+        let (first_sequence, last_sequence) = (
+            get_u64(bytes, 48).ok_or_else(short)?,
+            get_u64(bytes, 56).ok_or_else(short)?,
+        );
+        // Without a commit the last one is that before the first.
+        if !is_sequence(first_sequence) || !is_sequence(last_sequence.saturating_add(1)) {
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "sequence",
+            });
+        }
         Ok(Self {
             identity: SegmentIdentity {
                 store: StoreId(array(bytes, 16).ok_or_else(short)?),
                 segment: SegmentId(get_u32(bytes, 32).ok_or_else(short)?),
                 generation: get_u64(bytes, 40).ok_or_else(short)?,
             },
-            first_sequence: get_u64(bytes, 48).ok_or_else(short)?,
-            last_sequence: get_u64(bytes, 56).ok_or_else(short)?,
+            first_sequence,
+            last_sequence,
             directory_offset,
             slot_count: get_u32(bytes, 12).ok_or_else(short)?,
             root: array(bytes, 64).ok_or_else(short)?,

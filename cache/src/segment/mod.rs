@@ -44,6 +44,14 @@ const HASH_AT: usize = 96;
 const _: () = assert!(HASH_AT + 32 == COMMIT_HEADER_BYTES && COMMIT_HEADER_BYTES.is_multiple_of(8));
 const _: () = assert!(SECTOR.is_multiple_of(4096) && SECTOR > COMMIT_HEADER_BYTES);
 
+/// Sequences begin with 1, and no log comes to this one: below it there is room to count on.
+const SEQUENCE_MAX: u64 = 1 << 62;
+
+/// Says whether a commit can have this sequence.
+fn is_sequence(sequence: u64) -> bool {
+    (1..SEQUENCE_MAX).contains(&sequence)
+}
+
 /// Which file a commit belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SegmentIdentity {
@@ -114,13 +122,20 @@ impl SegmentHeader {
                 field: "reserved bytes",
             });
         }
+        let first_sequence = get_u64(bytes, 48).ok_or_else(short)?;
+        if !is_sequence(first_sequence) {
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "first sequence",
+            });
+        }
         Ok(Self {
             identity: SegmentIdentity {
                 store: StoreId(array(bytes, 16).ok_or_else(short)?),
                 segment: SegmentId(get_u32(bytes, 32).ok_or_else(short)?),
                 generation: get_u64(bytes, 40).ok_or_else(short)?,
             },
-            first_sequence: get_u64(bytes, 48).ok_or_else(short)?,
+            first_sequence,
             time: Timestamp(get_u64(bytes, 56).ok_or_else(short)?),
         })
     }
@@ -206,12 +221,19 @@ impl CommitHeader {
             && header.length.is_multiple_of(SECTOR as u64)
             && header.durable_through < header.sequence
             && header.segment_first <= header.sequence
+            && is_sequence(header.segment_first)
+            && is_sequence(header.sequence)
+            // A reader counts slots from the first one on, and one further.
+            && header
+                .first_slot
+                .checked_add(header.slot_count)
+                .is_some_and(|end| end < u32::MAX)
             && get_u16(bytes, 88) == Some(SEGMENT_VERSION)
             && is_zero(bytes, 90, HASH_AT);
         if !is_legal {
             return Err(Damage::Field {
                 structure: NAME,
-                field: "length or sequence",
+                field: "length, sequence or slot",
             });
         }
         Ok((header, array(bytes, HASH_AT).ok_or_else(short)?))

@@ -300,3 +300,45 @@ proptest! {
         let _footer = Footer::decode(&bytes);
     }
 }
+
+/// Fuzzing made hashes fit around extreme numbers: readers counted slots and sequences past the end
+/// of numbers, and the program ended. No reader gets to see them now.
+#[test]
+fn numbers_with_no_room_to_count_on_are_refused() {
+    let frames = [frame(1, 1)];
+    let mut buffer = IoBuffer::zeroed(SECTOR);
+    let mut accept = |change: fn(&mut CommitHeader)| {
+        let mut header = header(12, 0);
+        change(&mut header);
+        build_commit(&mut header, frames.iter(), &mut buffer);
+        CommitView::accept(&buffer, 0).is_ok()
+    };
+    assert!(accept(|_| {}));
+    assert!(!accept(|header| header.first_slot = u32::MAX));
+    assert!(!accept(|header| header.first_slot = u32::MAX - 3));
+    assert!(!accept(|header| header.segment_first = 0));
+    assert!(!accept(|header| header.sequence = u64::MAX));
+    let segment = |first_sequence| SegmentHeader {
+        identity: IDENTITY,
+        first_sequence,
+        time: Timestamp(1),
+    };
+    assert!(SegmentHeader::decode(&segment(1).encode()).is_ok());
+    assert!(SegmentHeader::decode(&segment(0).encode()).is_err());
+    assert!(SegmentHeader::decode(&segment(u64::MAX).encode()).is_err());
+    let footer = |first_sequence, last_sequence| {
+        let footer = Footer {
+            identity: IDENTITY,
+            first_sequence,
+            last_sequence,
+            directory_offset: 0,
+            slot_count: 0,
+            root: [0; 32],
+            directory_hash: [0; 32],
+        };
+        let bytes = Directory::default().encode(footer, 8192);
+        Footer::decode(&bytes).is_ok()
+    };
+    assert!(footer(1, 0) && footer(5, 9));
+    assert!(!footer(0, 9) && !footer(5, u64::MAX));
+}

@@ -10,6 +10,7 @@ use afterimage_cache::{
     RecordView,
 };
 
+use super::records::{batch_disks, mark_name};
 use super::state::{DiskMap, Hole};
 use super::{Engine, Event, Output};
 use crate::entry::{Entry, EntryKind, RangeEntry};
@@ -239,22 +240,25 @@ impl Engine {
         let before = entry.durable;
         entry.durable_to(*identity, source.last);
         let mut marks = Vec::new();
+        let mut grown = Vec::new();
         let mut added = 0;
         for (start, slot, record) in records {
             let header = record.header;
             entry.sample(header.time, header.lsn, grain);
             match header.kind {
                 RecordKind::Mark(kind) => marks.push(mark(history, kind, &record)),
-                RecordKind::BatchBegin(kind) => entry.batch_begins(begin(history, kind, &record)),
+                RecordKind::BatchBegin(kind) => {
+                    let mut batch = begin(history, kind, &record);
+                    batch.disks.retain(|disk| self.disks.contains_key(disk));
+                    if !batch.disks.is_empty() {
+                        entry.batch_begins(batch);
+                    }
+                }
                 RecordKind::BatchEnd => entry.batch_ends(header.batch, header.lsn),
                 RecordKind::EpochStart => entry.epoch_starts(before, header.lsn),
                 RecordKind::Grow => {
                     entry.note_link(&header);
-                    if let Some(disk) = self.disks.get_mut(&header.disk) {
-                        disk.sizes
-                            .retain(|known| (known.0, known.1) != (history, header.lsn));
-                        disk.sizes.push((history, header.lsn, header.length));
-                    }
+                    grown.push((header.disk, header.lsn, header.length));
                 }
                 RecordKind::Bulk => {}
                 RecordKind::Write => {
@@ -280,6 +284,7 @@ impl Engine {
         }
         entry.has_lost_tail = false;
         self.open_entries += added;
+        self.grow(history, grown);
         marks
     }
 }
@@ -360,7 +365,7 @@ fn mark(history: HistoryId, kind: MarkKind, record: &RecordView<'_>) -> FoundMar
         lsn: record.header.lsn,
         time: record.header.time,
         request: record.header.argument,
-        name: String::from_utf8_lossy(note).into_owned(),
+        name: mark_name(note),
     }
 }
 
@@ -370,18 +375,12 @@ fn begin(history: HistoryId, kind: BatchKind, record: &RecordView<'_>) -> BatchR
     } else {
         &[]
     };
-    let disks = note
-        .as_chunks::<16>()
-        .0
-        .iter()
-        .map(|id| DiskId(*id))
-        .collect();
     BatchRecord {
         history,
         batch: record.header.batch,
         is_initial: kind == BatchKind::Initial,
         begin: record.header.lsn,
         end: Lsn::ZERO,
-        disks,
+        disks: batch_disks(note),
     }
 }

@@ -100,7 +100,7 @@ impl Engine {
         frame: &Frame,
         out: &mut Vec<Output>,
     ) {
-        let Some(open) = self.streams.get_mut(&stream) else {
+        let Some(open) = self.streams.get(&stream) else {
             out.push(Output::Event(Event::Over {
                 stream,
                 end: StreamEnd::Fenced,
@@ -115,9 +115,15 @@ impl Engine {
         if !is_of_stream {
             return self.end_stream(stream, StreamEnd::Damaged, out);
         }
+        let (machine, history) = (open.machine, open.history);
+        if let Some(why) = self.refusal_of(machine, history, frame) {
+            tracing::error!(%history, %why, "a frame is refused");
+            return self.end_stream(stream, StreamEnd::Damaged, out);
+        }
         let bytes = frame.bytes.len() as u64;
-        open.queued_bytes += bytes;
-        let history = open.history;
+        if let Some(open) = self.streams.get_mut(&stream) {
+            open.queued_bytes += bytes;
+        }
         let now = self.now;
         let id = match self.bulk.open {
             Some(id) => id,
@@ -168,7 +174,7 @@ impl Engine {
         self.submit(
             Owner::Bulk(id),
             StorageOp::Create {
-                name: seed_file(id),
+                name: seed_file(id, 0),
             },
             out,
         );
@@ -282,7 +288,7 @@ impl Engine {
             self.submit(
                 Owner::Bulk(id),
                 StorageOp::Create {
-                    name: seed_file(id),
+                    name: seed_file(id, 0),
                 },
                 out,
             );
@@ -352,6 +358,7 @@ impl Engine {
                 let (bytes, root) = (segment.file_bytes, segment.root);
                 let edit = Edit::Segment {
                     segment: id,
+                    generation: 0,
                     slot_count,
                     bytes,
                     root,
@@ -378,10 +385,10 @@ impl Engine {
         if is_first {
             // Nobody waits for these two; an unnamed file is swept at the next start anyway.
             if let Some(file) = file {
-                self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Close { file }, out);
+                self.submit(Owner::Nobody, StorageOp::Close { file }, out);
             }
-            let name = seed_file(id);
-            self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Remove { name }, out);
+            let name = seed_file(id, 0);
+            self.submit(Owner::Nobody, StorageOp::Remove { name }, out);
             if !core::mem::replace(&mut self.bulk.has_paused, true) {
                 out.push(Output::Event(Event::Paused { is_budget: false }));
             }
@@ -396,6 +403,7 @@ impl Engine {
         };
         let slot_count = afterimage_cache::bytes::narrow(segment.slots.len());
         let counted = SeedSegment {
+            generation: 0,
             slot_count,
             bytes: segment.file_bytes,
             root: segment.root,

@@ -10,7 +10,9 @@ use afterimage_blockdev::{
 use super::{AfterCommit, Engine, Output, Owner, Phase};
 use crate::entry::Entry;
 use crate::manifest::{Edit, HistoryState};
-use crate::run::{RunFooter, RunId, SectionContent, SectionName, TimeSample, encode_run, run_file};
+use crate::run::{
+    RunId, SectionContent, SectionName, SectionTable, TimeSample, encode_run, run_file,
+};
 use crate::section::Section;
 
 /// Bytes of one write.
@@ -42,6 +44,7 @@ pub(super) struct Flush {
     step: Step,
     file: Option<FileId>,
     bytes: IoBuffer,
+    tables: Vec<SectionTable>,
     written: usize,
     replaced: Vec<Replaced>,
     timelines: Vec<(HistoryId, Vec<TimeSample>)>,
@@ -172,7 +175,7 @@ impl Engine {
         edits.push(Edit::BaseThrough {
             segment: self.bulk_through(),
         });
-        let bytes = encode_run(self.store, run, &sections);
+        let (bytes, tables) = encode_run(self.store, run, &sections);
         edits.push(Edit::Run {
             run,
             bytes: bytes.len() as u64,
@@ -183,6 +186,7 @@ impl Engine {
             step: Step::Create,
             file: None,
             bytes,
+            tables,
             written: 0,
             replaced,
             timelines,
@@ -209,7 +213,7 @@ impl Engine {
                 .iter()
                 .any(|b| b.is_initial && b.end == Lsn::ZERO)
         };
-        if self.histories.values().any(is_copying) {
+        if self.histories.values().any(is_copying) || self.unread.first_segment().is_some() {
             return self.base_through;
         }
         let last = self
@@ -301,10 +305,10 @@ impl Engine {
             }
         }
         if let Some(file) = flush.file {
-            self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Close { file }, out);
+            self.submit(Owner::Nobody, StorageOp::Close { file }, out);
         }
         let name = run_file(flush.run);
-        self.submit(Owner::Bulk(SegmentId(0)), StorageOp::Remove { name }, out);
+        self.submit(Owner::Nobody, StorageOp::Remove { name }, out);
         let retry_at = self.now.after(self.options.retry);
         self.flush_retry_at = Some(retry_at);
         out.push(Output::WakeAt(retry_at));
@@ -316,17 +320,15 @@ impl Engine {
 
     /// The manifest names the run: it takes the place of what was in memory.
     pub(super) fn flush_committed(&mut self, _out: &mut Vec<Output>) {
-        let Some(flush) = self.flush.take() else {
+        let Some(mut flush) = self.flush.take() else {
             return;
         };
         self.runs.insert(flush.run, flush.bytes.len() as u64);
+        self.note_times(flush.run, &flush.tables);
         // Their files are swept at the next start.
         self.dropped_runs.clear();
         self.note_covered(&flush.edits);
-        let Some(tables) = read_back(&flush, self.store) else {
-            return;
-        };
-        for table in tables {
+        for table in core::mem::take(&mut flush.tables) {
             let name = table.name;
             let Some(entry) = self.histories.get_mut(&name.history) else {
                 continue;
@@ -398,15 +400,4 @@ fn timeline(history: HistoryId, samples: &[TimeSample]) -> SectionContent {
         low: samples.first().map_or(Lsn::ZERO, |sample| sample.lsn),
         high: samples.last().map_or(Lsn::ZERO, |sample| sample.lsn),
     }
-}
-
-/// The section tables of a run that was just written.
-fn read_back(
-    flush: &Flush,
-    store: afterimage_blockdev::StoreId,
-) -> Option<Vec<crate::run::SectionTable>> {
-    let footer_at = flush.bytes.len().checked_sub(crate::run::PAGE_BYTES)?;
-    let footer = RunFooter::decode(&flush.bytes[footer_at..], store, flush.run).ok()?;
-    let at = usize::try_from(footer.tail_offset).ok()?;
-    footer.decode_tail(flush.bytes.get(at..)?).ok()
 }

@@ -4,6 +4,7 @@ use afterimage_blockdev::{AgentId, DiskId, Epoch, HistoryId, KeyId, Lsn, Machine
 use afterimage_cache::log::LogInput;
 use afterimage_cache::{DiskKey, Frame, RecordKind};
 
+use super::records::{DISK_BYTES_MAX, DISKS_MAX, is_size};
 use super::state::{DiskState, Stream};
 use super::{
     AfterCommit, DeclaredDisk, Engine, Event, OpenedStream, Output, RequestId, Response, StreamEnd,
@@ -156,6 +157,12 @@ impl Engine {
                     "enrol the agent as a new machine, or restore its state directory",
                 ));
             }
+            if let Some((parent, _)) = asked.parent.filter(|_| is_new && has_parent) {
+                self.may_have_child(parent)?;
+            }
+            if let Some(fork) = asked.parent.filter(|_| is_new && has_parent) {
+                self.must_be_addressable(asked.machine, fork)?;
+            }
         } else {
             let is_taken = self.machines.values().any(|known| known.name == asked.name);
             if is_taken {
@@ -220,6 +227,12 @@ impl Engine {
             ));
         };
         let (machine, history) = (open.machine, open.history);
+        if !is_size(asked.size_bytes) {
+            return Err(SeedError::refused(
+                format!("a disk cannot have {} bytes", asked.size_bytes),
+                format!("sizes are multiples of 512, up to {DISK_BYTES_MAX}"),
+            ));
+        }
         let mut edits = Vec::new();
         if let Some(known) = self.disks.get(&asked.disk) {
             let size = self.size_at(asked.disk, history, Lsn(u64::MAX));
@@ -248,6 +261,14 @@ impl Engine {
                 return Err(SeedError::refused(
                     format!("the machine already has a disk named {:?}", asked.name),
                     "choose another name",
+                ));
+            }
+            let count = self.machines.get(&machine).map_or(0, |m| m.disks.len());
+            if count >= DISKS_MAX {
+                let message = format!("the machine already has {count} disks");
+                return Err(SeedError::refused(
+                    message,
+                    "protect others as another machine",
                 ));
             }
             edits.push(self.new_disk(machine, &asked));
@@ -346,11 +367,15 @@ impl Engine {
         };
         let header = frame.header;
         let identity = header.identity;
-        let is_of_stream = identity.machine == open.machine
+        let mut is_of_stream = identity.machine == open.machine
             && identity.history == open.history
             && identity.epoch <= open.epoch
             && !header.is_bulk
             && self.fits_segment(&header);
+        if let Some(why) = self.refusal_of(open.machine, open.history, &frame) {
+            tracing::error!(history = %open.history, %why, "a frame is refused");
+            is_of_stream = false;
+        }
         let Some(entry) = self
             .histories
             .get_mut(&open.history)

@@ -19,21 +19,35 @@
 
 mod apply;
 mod bulk;
+mod commits;
 mod flush;
 mod ingest;
+mod join;
+mod live;
+mod locks;
+mod merge;
 mod points;
+mod pressure;
+mod records;
+mod reserve;
+mod retention;
+mod rewrite;
+mod roots;
 mod start;
 mod state;
 mod status;
+mod sweep;
+mod unread;
 mod views;
+mod window;
 mod words;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use afterimage_blockdev::{
-    Clock, DiskId, Entropy, HistoryId, KeyId, Lsn, MachineId, Monotonic, PointId, SegmentId,
+    Clock, DiskId, Entropy, FileName, HistoryId, KeyId, Lsn, MachineId, Monotonic, SegmentId,
     Storage, StorageCompletion, StorageOp, StoreId, Timestamp, Token,
 };
 use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
@@ -41,18 +55,20 @@ use afterimage_cache::{Damage, DiskKey, KeySource};
 use parking_lot::RwLock;
 
 use crate::error::SeedError;
-use crate::manifest::{Edit, Manifest, ManifestOutput, PointKind, PointRecord};
+use crate::manifest::{Edit, Manifest, PointKind, PointRecord};
 use crate::reader::{Reader, ReaderOptions};
 use crate::run::RunId;
+use crate::section::Snapshot;
 use state::{DiskState, HistoryEntry, MachineState};
 
 /// Damage texts that are kept.
 const DAMAGE_MAX: usize = 1000;
 
+pub use retention::{ClockInfo, PolicyInfo};
 pub use status::{DiskInfo, EngineInfo, HistoryInfo, MachineInfo, Reach};
 pub use words::{
-    DeclaredDisk, Event, ForkedBranch, Input, OpenedStream, Output, Request, RequestId, Response,
-    StoreFile, StreamEnd, StreamNumber, TakenSnapshot,
+    Collected, DeclaredDisk, Event, ForkedBranch, Input, OpenedStream, Output, Request, RequestId,
+    Response, StoreFile, StreamEnd, StreamNumber, TakenSnapshot,
 };
 
 /// Bounds and timers of an engine.
@@ -80,6 +96,16 @@ pub struct EngineOptions {
     pub retry: Duration,
     /// Time between crash marks.
     pub crash_mark_interval: Duration,
+    /// Time between two collections of what nobody needs.
+    pub collect_interval: Duration,
+    /// Bytes of the log beyond which its oldest segments are destaged, whatever the window.
+    pub cache_bytes: u64,
+    /// Bytes of a file that only keeps room for the manifest; 0 for none.
+    pub reserve_file_bytes: u64,
+    /// Shortest journal window that a lack of room leaves.
+    pub window_min: Duration,
+    /// How often points are thinned and journal windows move.
+    pub retention_interval: Duration,
     /// Grain of the mapping from time to LSN.
     pub time_grain: Duration,
     /// Bounds of reading.
@@ -100,6 +126,11 @@ impl Default for EngineOptions {
             idle_commit: Duration::from_millis(100),
             retry: Duration::from_secs(1),
             crash_mark_interval: Duration::from_secs(300),
+            collect_interval: Duration::from_secs(600),
+            cache_bytes: u64::MAX,
+            reserve_file_bytes: 32 << 20,
+            window_min: Duration::from_secs(3600),
+            retention_interval: Duration::from_secs(60),
             time_grain: Duration::from_millis(100),
             reader: ReaderOptions::default(),
         }
@@ -113,7 +144,12 @@ enum Owner {
     Manifest,
     Bulk(SegmentId),
     Flush,
+    Merge(merge::MergeOp),
+    Rewrite,
+    Reserve,
     Start,
+    /// Nobody waits for it.
+    Nobody,
 }
 
 /// What waits for a manifest commit.
@@ -121,9 +157,11 @@ enum Owner {
 enum AfterCommit {
     Created,
     Point(PointRecord, Option<RequestId>),
-    PointDropped(MachineId, PointId, RequestId),
+    Retention(retention::Applied),
     Bulk(SegmentId),
     Flush,
+    Merge,
+    Rewrite,
     Reply(RequestId, Box<Response>),
 }
 
@@ -186,9 +224,34 @@ pub struct Engine {
     seed_segments: BTreeMap<SegmentId, state::SeedSegment>,
     base_through: SegmentId,
     runs: BTreeMap<RunId, u64>,
+    /// The time samples in each run: history, lowest and highest LSN.
+    run_times: BTreeMap<RunId, Vec<(HistoryId, Lsn, Lsn)>>,
+    retired: Vec<merge::RetiredRun>,
+    /// Files that no manifest names any more.
+    removals: Vec<FileName>,
+    /// While one of them is alive no file is removed.
+    pins: Vec<Weak<()>>,
+    /// What the log was told of `log_released`.
+    log_told: u64,
+    merge: Option<merge::Merge>,
+    merge_retry_at: Option<Monotonic>,
+    sweep: sweep::Sweep,
+    next_sweep: Monotonic,
+    sweep_retry_at: Option<Monotonic>,
+    /// Collections in a row that gave no room when it was needed.
+    vain_sweeps: u32,
+    reserve: reserve::Reserve,
+    reserve_retry_at: Option<Monotonic>,
+    /// How often each machine's window was halved for lack of room.
+    halvings: BTreeMap<MachineId, u32>,
+    rewrite: Option<rewrite::Rewrite>,
+    /// Snapshots that somebody may have.
+    snapshots: Vec<Weak<Snapshot>>,
     /// Named by the manifest, but unusable.
     dropped_runs: Vec<RunId>,
     checkpoint: u64,
+    /// Commits of the log up to here are gone, or may be.
+    log_released: u64,
     /// What the last run covered, as edits.
     covered: Vec<Edit>,
     applied_sequence: u64,
@@ -198,9 +261,12 @@ pub struct Engine {
     flush_retry_at: Option<Monotonic>,
     start: start::Start,
     next_crash_mark: Monotonic,
+    retention: retention::Retention,
     is_paused: Option<bool>,
     free_bytes: u64,
     manifest_retry_at: Option<Monotonic>,
+    manifest_proof_at: Option<Monotonic>,
+    unread: unread::Unread,
     damage: Vec<String>,
 }
 
@@ -227,6 +293,7 @@ impl Engine {
         let next_mark = u64::from_le_bytes(first_mark) >> 1;
         Self {
             next_crash_mark: now.after(options.crash_mark_interval),
+            next_sweep: now.after(options.collect_interval),
             log: Log::new(LogOptions::new("log", StoreId::NIL)),
             manifest: Manifest::new(options.manifest_bytes),
             options,
@@ -259,8 +326,24 @@ impl Engine {
             seed_segments: BTreeMap::new(),
             base_through: SegmentId(0),
             runs: BTreeMap::new(),
+            run_times: BTreeMap::new(),
+            retired: Vec::new(),
+            removals: Vec::new(),
+            pins: Vec::new(),
+            log_told: 0,
+            merge: None,
+            merge_retry_at: None,
+            sweep: sweep::Sweep::default(),
+            sweep_retry_at: None,
+            vain_sweeps: 0,
+            reserve: reserve::Reserve::default(),
+            reserve_retry_at: None,
+            halvings: BTreeMap::new(),
+            rewrite: None,
+            snapshots: Vec::new(),
             dropped_runs: Vec::new(),
             checkpoint: 0,
+            log_released: 0,
             covered: Vec::new(),
             applied_sequence: 0,
             open_entries: 0,
@@ -268,9 +351,12 @@ impl Engine {
             flush: None,
             flush_retry_at: None,
             start: start::Start::default(),
+            retention: retention::Retention::default(),
             is_paused: None,
             free_bytes: 0,
             manifest_retry_at: None,
+            manifest_proof_at: None,
+            unread: unread::Unread::default(),
             damage: Vec::new(),
         }
     }
@@ -310,6 +396,8 @@ impl Engine {
             Input::Storage(completion) => self.storage_done(completion, out),
             Input::Tick => {
                 self.log_step(LogInput::Tick, out);
+                self.merge_on(out);
+                self.remove_retired(out);
             }
             Input::Request(id, request) => self.request(id, request, out),
             // Once the engine stops, nothing more is taken; the sender keeps what it has.
@@ -332,8 +420,14 @@ impl Engine {
             Phase::Running => {
                 self.seal_bulk_when_due(false, out);
                 self.flush_when_due(false, out);
+                self.merge_when_due(out);
+                self.commit_merge(out);
+                self.sweep_when_due(out);
+                self.make_reserve(out);
                 self.place_crash_marks(out);
+                self.retain_when_due(out);
                 self.retry_manifest(out);
+                self.prove_manifest_when_due(out);
             }
             Phase::Stopping => self.stop(out),
             Phase::Manifest => self.retry_manifest(out),
@@ -371,9 +465,24 @@ impl Engine {
             }
             Some(Owner::Bulk(segment)) => self.bulk_done(segment, result, out),
             Some(Owner::Flush) => self.flush_done(result, out),
+            Some(Owner::Merge(op)) => self.merge_done(op, result, out),
+            Some(Owner::Rewrite) => self.rewrite_done(result, out),
+            Some(Owner::Reserve) => self.reserve_done(result, out),
             Some(Owner::Start) => self.start_done(result, out),
-            None => {}
+            Some(Owner::Nobody) | None => {}
         }
+    }
+
+    /// Gives the log what the rest of the store leaves of the budget.
+    fn share_budget(&mut self) {
+        if self.options.budget_bytes == u64::MAX {
+            return;
+        }
+        let seeds: u64 = self.seed_segments.values().map(|state| state.bytes).sum();
+        let runs: u64 = self.runs.values().sum();
+        let others = seeds + runs + self.manifest.stored_bytes();
+        self.log
+            .set_budget(self.options.budget_bytes.saturating_sub(others));
     }
 
     fn log_step(&mut self, input: LogInput, out: &mut Vec<Output>) {
@@ -385,56 +494,6 @@ impl Engine {
         }
     }
 
-    /// Commits edits; `after` happens when they are durable.
-    fn commit(&mut self, edits: Vec<Edit>, after: AfterCommit, out: &mut Vec<Output>) {
-        let number = self.next_commit;
-        self.next_commit += 1;
-        self.after_commit.insert(number, after);
-        let mut wants = Vec::new();
-        self.manifest.commit(number, edits, &mut wants);
-        self.manifest_outputs(wants, out);
-    }
-
-    fn manifest_outputs(&mut self, wants: Vec<ManifestOutput>, out: &mut Vec<Output>) {
-        for want in wants {
-            match want {
-                ManifestOutput::Storage(op) => self.submit(Owner::Manifest, op, out),
-                ManifestOutput::Recovered(edits) => {
-                    if let Err(error) = self.replay(edits) {
-                        self.fail(error, out);
-                        return;
-                    }
-                }
-                ManifestOutput::Mended { file, offset } => {
-                    self.note_damage(format!("{file} at {offset}: one of two copies; mended"));
-                }
-                ManifestOutput::Ready { is_new } => self.manifest_ready(is_new, out),
-                ManifestOutput::Durable(numbers) => {
-                    for number in numbers {
-                        if let Some(after) = self.after_commit.remove(&number) {
-                            self.committed(after, out);
-                        }
-                    }
-                }
-                ManifestOutput::WantsSnapshot => {
-                    let state = self.whole_state();
-                    let mut wants = Vec::new();
-                    self.manifest.rotate(state, &mut wants);
-                    self.manifest_outputs(wants, out);
-                }
-                ManifestOutput::NoSpace => {
-                    let at = self.now.after(self.options.retry);
-                    self.manifest_retry_at = Some(at);
-                    out.push(Output::WakeAt(at));
-                }
-                ManifestOutput::Failed(error) => {
-                    self.fail(error, out);
-                    return;
-                }
-            }
-        }
-    }
-
     /// Remembers damage for people.
     fn note_damage(&mut self, text: String) {
         tracing::error!("{text}");
@@ -443,21 +502,18 @@ impl Engine {
         }
     }
 
-    fn retry_manifest(&mut self, out: &mut Vec<Output>) {
-        let Some(at) = self.manifest_retry_at else {
-            return;
-        };
-        if at > self.now {
-            out.push(Output::WakeAt(at));
-        } else {
-            self.manifest_retry_at = None;
-            let mut wants = Vec::new();
-            self.manifest.retry(&mut wants);
-            self.manifest_outputs(wants, out);
+    fn committed(&mut self, after: AfterCommit, out: &mut Vec<Output>) {
+        let moves_files = matches!(
+            after,
+            AfterCommit::Bulk(_) | AfterCommit::Flush | AfterCommit::Merge | AfterCommit::Rewrite
+        );
+        self.after_commit(after, out);
+        if moves_files {
+            self.share_budget();
         }
     }
 
-    fn committed(&mut self, after: AfterCommit, out: &mut Vec<Output>) {
+    fn after_commit(&mut self, after: AfterCommit, out: &mut Vec<Output>) {
         match after {
             AfterCommit::Created => self.read_runs(out),
             AfterCommit::Point(point, request) => {
@@ -466,12 +522,11 @@ impl Engine {
                     out.push(Output::Reply(request, Ok(Response::Point(point))));
                 }
             }
-            AfterCommit::PointDropped(machine, point, request) => {
-                self.forget_point(machine, point);
-                out.push(Output::Reply(request, Ok(Response::Done)));
-            }
+            AfterCommit::Retention(applied) => self.retention_committed(applied, out),
             AfterCommit::Bulk(segment) => self.bulk_committed(segment, out),
             AfterCommit::Flush => self.flush_committed(out),
+            AfterCommit::Merge => self.merge_committed(out),
+            AfterCommit::Rewrite => self.rewrite_committed(out),
             AfterCommit::Reply(request, mut response) => {
                 if let Response::Stream(opened) = &mut *response {
                     self.renew(opened);
@@ -536,7 +591,23 @@ impl Engine {
             Request::CreatePoint { machine, name, at } => {
                 self.create_point(id, &machine, name, at, out)
             }
-            Request::DeletePoint { machine, name } => self.delete_point(id, &machine, &name, out),
+            Request::DeletePoints { machine, names } => {
+                self.delete_points(id, &machine, &names, out)
+            }
+            Request::LockPoints {
+                machine,
+                names,
+                until,
+            } => self.lock_points(id, &machine, &names, until, out),
+            Request::SetPolicy {
+                machine,
+                policy,
+                expected,
+            } => self.set_policy(id, &machine, policy, expected, out),
+            Request::GetPolicy { machine } => self
+                .machine_named(&machine)
+                .map(|machine| Some(Response::Policy(self.policy_of(machine)))),
+            Request::ConfirmClock => self.confirm_clock(id, out),
             Request::ListPoints {
                 machine,
                 after,
@@ -557,6 +628,10 @@ impl Engine {
             } => self.fork(id, &reference, allow_incomplete, out),
             Request::DropBranch(history) => self.drop_branch(id, history, out),
             Request::Fence { machine, holder } => self.fence(id, machine, holder, out),
+            Request::Collect => {
+                self.collect(id);
+                Ok(None)
+            }
             Request::Info => Ok(Some(Response::Info(self.info()))),
             Request::Files => Ok(Some(Response::Files(self.files()))),
         };
@@ -574,9 +649,18 @@ impl Engine {
             // What waits for room was not acknowledged, and the rest is durable.
             return self.stop_at_once(out);
         }
-        let is_quiet = self.appended.is_empty() && self.bulk.is_empty();
+        self.merge_on(out);
+        self.commit_merge(out);
+        self.stop_collecting(out);
+        let is_quiet = self.appended.is_empty()
+            && self.bulk.is_empty()
+            && self.merge.is_none()
+            && self.rewrite.is_none();
         if is_quiet && self.flush.is_none() && self.open_entries > 0 {
             self.flush_when_due(true, out);
+        }
+        if is_quiet && self.flush.is_none() {
+            self.prove_manifest(out);
         }
         if is_quiet && self.flush.is_none() && !self.manifest.is_busy() {
             self.phase = Phase::StoppingLog;
@@ -658,6 +742,7 @@ impl Engine {
             }
             LogOutput::Resumed => {
                 self.is_paused = None;
+                self.vain_sweeps = 0;
                 out.push(Output::Event(Event::Resumed));
             }
             LogOutput::Released { segment } => {

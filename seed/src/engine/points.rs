@@ -4,10 +4,12 @@ use afterimage_blockdev::{AgentId, HistoryId, Lsn, MachineId, PointId, Timestamp
 use afterimage_cache::MarkKind;
 
 use super::apply::FoundMark;
+use super::records::POINTS_MAX;
 use super::{AfterCommit, Engine, Event, Output, RequestId, Response, StreamNumber};
 use crate::error::SeedError;
 use crate::manifest::{Edit, PointKind, PointRecord};
 use crate::reference::{At, format_time};
+use crate::retention::Lock;
 
 /// Most points of one page.
 const PAGE_MAX: usize = 10_000;
@@ -90,6 +92,14 @@ impl Engine {
         let Some(state) = self.machines.get(&machine) else {
             return Ok(None);
         };
+        let count = state.points.len() + state.pending.len();
+        if count >= POINTS_MAX {
+            let message = format!("machine {} already has {count} points", state.name);
+            return Err(SeedError::refused(
+                message,
+                "delete some, or keep fewer by its policy",
+            ));
+        }
         let (trunk, has_disks) = (state.trunk, !state.disks.is_empty());
         if !has_disks {
             let message = format!("machine {} has no protected disk", state.name);
@@ -148,14 +158,15 @@ impl Engine {
         };
         let chosen = name.filter(|name| !name.is_empty() && !is_taken(name));
         let name = chosen.unwrap_or_else(|| {
-            let base = format!("{}-{}", kind.name(), format_time(time));
+            let base = generated_name(kind, time);
             if is_taken(&base) {
                 format!("{base}-{id}")
             } else {
                 base
             }
         });
-        let locked_until = Timestamp(0);
+        let lock = self.lock_of_new(machine, kind, out);
+        let locked_until = lock.map_or(Timestamp(0), |lock| lock.until);
         let point = PointRecord {
             id,
             machine,
@@ -171,11 +182,25 @@ impl Engine {
             state.names.insert(point.name.clone(), point.id);
             state.pending.insert(point.id, point.clone());
         }
-        self.commit(
-            vec![Edit::Point(point.clone())],
-            AfterCommit::Point(point, request),
-            out,
-        );
+        let mut edits = vec![Edit::Point(point.clone())];
+        if let Some(lock) = lock {
+            self.retention.locks.insert(id, lock);
+            edits.push(Edit::PointLocked { point: id, lock });
+        }
+        edits.extend(self.due_clock_edit());
+        self.commit(edits, AfterCommit::Point(point, request), out);
+    }
+
+    /// The lock that the policy puts on a new point.
+    fn lock_of_new(
+        &mut self,
+        machine: MachineId,
+        kind: PointKind,
+        out: &mut Vec<Output>,
+    ) -> Option<Lock> {
+        let duration = self.policy_of(machine).policy.lock_of(kind)?;
+        let clock = self.lock_clock(out).ok()?;
+        Some(clock.lock_for(duration))
     }
 
     /// A mark became durable: the point that was asked for, or a crash mark by the timer.
@@ -194,6 +219,19 @@ impl Engine {
         let request = wanted
             .filter(|wanted| wanted.machine == machine)
             .and_then(|w| w.request);
+        let points = self
+            .machines
+            .get(&machine)
+            .map_or(0, |state| state.points.len());
+        if points >= POINTS_MAX {
+            tracing::error!(%machine, points, "a mark makes no point: there are too many");
+            if let Some(request) = request {
+                let message = format!("the machine already has {points} points");
+                let error = SeedError::refused(message, "delete some");
+                out.push(Output::Reply(request, Err(error)));
+            }
+            return;
+        }
         let cut = (mark.history, mark.lsn, mark.time);
         self.name_cut(machine, cut, kind, Some(mark.name), request, out);
     }
@@ -239,33 +277,6 @@ impl Engine {
         out.push(Output::WakeAt(self.next_crash_mark));
     }
 
-    pub(super) fn delete_point(
-        &mut self,
-        id: RequestId,
-        machine: &str,
-        name: &str,
-        out: &mut Vec<Output>,
-    ) -> Answer {
-        let machine = self.machine_named(machine)?;
-        let Some(state) = self.machines.get(&machine) else {
-            return Ok(None);
-        };
-        let Some(point) = state.names.get(name).copied() else {
-            let names = state.names.keys().map(String::as_str);
-            return Err(SeedError::refused(
-                format!("there is no point {name:?}"),
-                nearest(name, names),
-            ));
-        };
-        let edit = Edit::PointDropped { point };
-        self.commit(
-            vec![edit],
-            AfterCommit::PointDropped(machine, point, id),
-            out,
-        );
-        Ok(None)
-    }
-
     pub(super) fn list_points(
         &self,
         machine: &str,
@@ -278,7 +289,7 @@ impl Engine {
         };
         let from = PointId(after.0.saturating_add(1));
         let page = state.points.range(from..).take(limit.min(PAGE_MAX));
-        let page = page.map(|(_, point)| point.clone()).collect();
+        let page = page.map(|(_, point)| self.shown_point(point)).collect();
         Ok(Response::Points(page, state.points.len() as u64))
     }
 
@@ -315,6 +326,18 @@ impl Engine {
         );
         Ok(None)
     }
+}
+
+/// The name of a point that nobody named; its number may follow.
+fn generated_name(kind: PointKind, time: Timestamp) -> String {
+    format!("{}-{}", kind.name(), format_time(time))
+}
+
+/// Says whether nobody named a point.
+pub(super) fn is_generated_name(point: &PointRecord) -> bool {
+    let base = generated_name(point.kind, point.time);
+    let rest = point.name.strip_prefix(&base);
+    rest.is_some_and(|rest| rest.is_empty() || rest == format!("-{}", point.id))
 }
 
 /// A hint that names what is nearest to what was asked for.

@@ -2,14 +2,18 @@
 //! checkpoint; the log gives the rest.
 //!
 //! A run that is damaged costs nothing but time: all runs are derived from the log, so the map is
-//! then made anew from the log's beginning.
+//! then made anew from the log's beginning. Once commits of the log were given away that cannot be
+//! done: then nobody knows what the run held, and nothing that may be in it is shown.
+//!
+//! A file that cannot be read is named and missed in memory only: put back, it counts again.
 
 use std::collections::VecDeque;
 
 use afterimage_blockdev::{
-    DiskId, FileId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StorageError, StorageErrorKind,
+    FileId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StorageError, StorageErrorKind,
     StorageOp, StorageOutcome, StoreId,
 };
+use afterimage_cache::Damage;
 use afterimage_cache::log::{Log, LogInput, LogOptions};
 use std::sync::Arc;
 
@@ -18,8 +22,11 @@ use super::{AfterCommit, Engine, Output, Owner, Phase};
 use crate::entry::{Entry, EntryKind};
 use crate::error::SeedError;
 use crate::manifest::Edit;
+use crate::patchwork::Patchwork;
 use crate::reader::Reader;
-use crate::run::{PAGE_BYTES, RunFooter, RunId, parse_run_file, run_file};
+use crate::run::{
+    FOOTERS_BYTES as RUN_FOOTERS_BYTES, PAGE_BYTES, RunFooter, RunId, parse_run_file, run_file,
+};
 use crate::section::Section;
 use crate::segment::{FOOTERS_BYTES, SeedFooter, SlotEntry, parse_seed_file, seed_file};
 
@@ -57,6 +64,10 @@ pub(super) struct Start {
     length: u64,
     run_footer: Option<RunFooter>,
     seed_footer: Option<SeedFooter>,
+    /// Where the read under way begins, and its length.
+    reading: (u64, usize),
+    /// That read in pieces, once it has failed as a whole.
+    patchwork: Option<Patchwork>,
 }
 
 impl Engine {
@@ -92,7 +103,7 @@ impl Engine {
             let error = SeedError::Damaged {
                 file: "manifest".to_owned(),
                 offset: 0,
-                damage: afterimage_cache::Damage::Short {
+                damage: Damage::Short {
                     structure: "manifest",
                 },
             };
@@ -124,6 +135,7 @@ impl Engine {
             Arc::clone(&self.keys) as Arc<dyn afterimage_cache::KeySource>,
             self.options.reader,
         ));
+        self.name_moved();
         self.start.wanted = self.runs.keys().copied().map(Wanted::Run).collect();
         self.want_seeds();
         self.start_ask(
@@ -135,10 +147,21 @@ impl Engine {
         );
     }
 
+    /// Tells the reader which segments were rewritten or destaged.
+    fn name_moved(&self) {
+        let Some(reader) = &self.reader else { return };
+        let moved = self.seed_segments.iter();
+        for (segment, state) in moved.filter(|(_, state)| state.generation > 0) {
+            reader.moved(*segment, state.generation);
+        }
+    }
+
     fn want_seeds(&mut self) {
         let newer = self.seed_segments.keys().copied();
         let base_through = self.base_through;
+        // Destaged ones came from the log, and are in runs.
         let newer = newer
+            .filter(|segment| segment.0 & crate::reader::SEED_BIT != 0)
             .filter(|segment| *segment > base_through)
             .map(Wanted::Seed);
         self.start.wanted.extend(newer);
@@ -161,6 +184,10 @@ impl Engine {
             Err(error) if matches!(error.kind, StorageErrorKind::NotFound) => {
                 self.file_damaged(&error.to_string(), out);
                 return;
+            }
+            Err(error) if matches!(step, Step::Footer | Step::Directory) => {
+                tracing::error!(%error, "copies are read on their own");
+                return self.read_apart(None, out);
             }
             Err(error) => {
                 self.fail(error.into(), out);
@@ -186,7 +213,10 @@ impl Engine {
             }
             (Step::ListSegments, StorageOutcome::Listed(names)) => {
                 let is_named = |name: &FileName| {
-                    parse_seed_file(name).is_some_and(|id| self.seed_segments.contains_key(&id))
+                    parse_seed_file(name).is_some_and(|(id, generation)| {
+                        let known = self.seed_segments.get(&id);
+                        known.is_some_and(|known| known.generation == generation)
+                    })
                 };
                 let unnamed: Vec<_> = names.into_iter().filter(|name| !is_named(name)).collect();
                 self.start.sweep.extend(unnamed);
@@ -197,30 +227,78 @@ impl Engine {
                 self.start.file = Some(file);
                 self.start.length = length;
                 let is_run = matches!(self.start.wanted.front(), Some(Wanted::Run(_)));
-                let len = if is_run { PAGE_BYTES } else { FOOTERS_BYTES };
+                let len = if is_run {
+                    RUN_FOOTERS_BYTES
+                } else {
+                    FOOTERS_BYTES
+                };
                 let offset = length.saturating_sub(len as u64) / PAGE_BYTES as u64;
                 let offset = offset * PAGE_BYTES as u64;
-                let buffer = IoBuffer::zeroed(len);
-                self.start_ask(
-                    Step::Footer,
-                    StorageOp::Read {
-                        file,
-                        offset,
-                        buffer,
-                    },
-                    out,
-                );
+                self.start.reading = (offset, len);
+                self.start_read(Step::Footer, file, (offset, len), out);
             }
-            (Step::Footer, StorageOutcome::Read(bytes)) => self.start_footer(&bytes, out),
-            (Step::Directory, StorageOutcome::Read(bytes)) => self.start_directory(&bytes, out),
+            (Step::Footer | Step::Directory, StorageOutcome::Read(bytes)) => {
+                if self.start.patchwork.is_some() {
+                    self.read_apart(Some(&bytes), out);
+                } else {
+                    self.was_read(&bytes, out);
+                }
+            }
             (Step::Close, _) => self.open_wanted(out),
             (Step::Capacity, StorageOutcome::Capacity(capacity)) => {
                 self.free_bytes = capacity.free_bytes;
                 self.phase = Phase::Log;
-                let from_sequence = self.checkpoint + 1;
+                let from_sequence = self.checkpoint.saturating_add(1);
                 self.log_step(LogInput::Start { from_sequence }, out);
             }
             _ => {}
+        }
+    }
+
+    fn start_read(
+        &mut self,
+        step: Step,
+        file: FileId,
+        (offset, len): (u64, usize),
+        out: &mut Vec<Output>,
+    ) {
+        let buffer = IoBuffer::zeroed(len);
+        let op = StorageOp::Read {
+            file,
+            offset,
+            buffer,
+        };
+        self.start_ask(step, op, out);
+    }
+
+    fn was_read(&mut self, bytes: &[u8], out: &mut Vec<Output>) {
+        if self.start.step == Step::Footer {
+            self.start_footer(bytes, out);
+        } else {
+            self.start_directory(bytes, out);
+        }
+    }
+
+    /// Goes on with a read that failed as a whole: a copy that cannot be read is a damaged one.
+    fn read_apart(&mut self, read: Option<&[u8]>, out: &mut Vec<Output>) {
+        let (offset, len) = self.start.reading;
+        match &mut self.start.patchwork {
+            None => self.start.patchwork = Some(Patchwork::new(offset, len)),
+            Some(patchwork) => {
+                if !patchwork.take(read) {
+                    self.start.patchwork = None;
+                    return self.file_damaged("it cannot be read", out);
+                }
+            }
+        }
+        let wanted = self.start.patchwork.as_ref().and_then(Patchwork::wanted);
+        match (wanted, self.start.file) {
+            (Some(place), Some(file)) => self.start_read(self.start.step, file, place, out),
+            _ => {
+                let patchwork = self.start.patchwork.take().map(Patchwork::finish);
+                let (bytes, _) = patchwork.unwrap_or((IoBuffer::zeroed(0), Vec::new()));
+                self.was_read(&bytes, out);
+            }
         }
     }
 
@@ -234,8 +312,9 @@ impl Engine {
     fn open_wanted(&mut self, out: &mut Vec<Output>) {
         let name = match self.start.wanted.front() {
             Some(Wanted::Run(run)) => run_file(*run),
-            Some(Wanted::Seed(segment)) => seed_file(*segment),
+            Some(Wanted::Seed(segment)) => self.seed_name(*segment),
             None => {
+                self.order_timelines();
                 self.start_ask(Step::Capacity, StorageOp::Capacity, out);
                 return;
             }
@@ -249,12 +328,10 @@ impl Engine {
             return;
         };
         let place = match wanted {
-            Wanted::Run(run) => RunFooter::decode(bytes, self.store, run).map(|footer| {
+            Wanted::Run(run) => RunFooter::find(bytes, self.store, run).map(|footer| {
                 self.start.run_footer = Some(footer);
-                (
-                    footer.tail_offset,
-                    usize::try_from(footer.tail_len).unwrap_or(0),
-                )
+                let len = usize::try_from(footer.tails_len()).unwrap_or(usize::MAX);
+                (footer.tail_offset, len)
             }),
             Wanted::Seed(segment) => SeedFooter::find(bytes, self.store, segment).map(|footer| {
                 self.start.seed_footer = Some(footer);
@@ -263,17 +340,13 @@ impl Engine {
         };
         match place {
             Ok((offset, len)) if len as u64 <= self.start.length => {
-                let buffer = IoBuffer::zeroed(len.next_multiple_of(PAGE_BYTES).max(PAGE_BYTES));
-                self.start_ask(
-                    Step::Directory,
-                    StorageOp::Read {
-                        file,
-                        offset,
-                        buffer,
-                    },
-                    out,
-                );
+                let len = len.next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
+                self.start.reading = (offset, len);
+                self.start_read(Step::Directory, file, (offset, len), out);
             }
+            Err(Damage::Version {
+                found, supported, ..
+            }) => self.fail(SeedError::NewerFormat { found, supported }, out),
             Ok(_) => self.file_damaged("its length is impossible", out),
             Err(damage) => self.file_damaged(&damage.to_string(), out),
         }
@@ -288,7 +361,7 @@ impl Engine {
                 let Some(footer) = self.start.run_footer.take() else {
                     return;
                 };
-                match footer.decode_tail(bytes) {
+                match footer.find_tail(bytes) {
                     Ok(sections) => self.adopt_sections(run, sections),
                     Err(damage) => return self.file_damaged(&damage.to_string(), out),
                 }
@@ -317,15 +390,14 @@ impl Engine {
         };
         match wanted {
             Wanted::Seed(segment) => {
-                self.note_damage(format!("{}: {why}", seed_file(segment)));
-                // Nobody knows which blocks it held: no disk may be shown as good above its LSNs.
-                for entry in self.histories.values_mut() {
-                    let lost = (DiskId::NIL, Lsn(1), Lsn(u64::MAX));
-                    if !entry.lost.contains(&lost) {
-                        entry.lost.push(lost);
-                        entry.is_dirty = true;
-                    }
-                }
+                // Nobody knows which blocks it held: no disk may be shown as good.
+                self.note_damage(format!("{}: {why}", self.seed_name(segment)));
+                self.segment_unread(segment);
+            }
+            Wanted::Run(run) if self.log_released > 0 => {
+                let name = run_file(run);
+                self.note_damage(format!("{name}: {why}; what it held is not known any more"));
+                self.run_unread(run);
             }
             Wanted::Run(run) => {
                 tracing::warn!(%why, run = run.0, "a run is damaged; the map is made anew");
@@ -342,6 +414,7 @@ impl Engine {
     fn forget_runs(&mut self) {
         self.checkpoint = 0;
         self.covered.clear();
+        self.run_times.clear();
         self.base_through = SegmentId(0);
         self.dropped_runs
             .extend(core::mem::take(&mut self.runs).into_keys());
@@ -360,6 +433,7 @@ impl Engine {
     }
 
     fn adopt_sections(&mut self, run: RunId, sections: Vec<crate::run::SectionTable>) {
+        self.note_times(run, &sections);
         for table in sections {
             let Some(entry) = self.histories.get_mut(&table.name.history) else {
                 continue;
@@ -379,13 +453,26 @@ impl Engine {
         }
     }
 
+    /// Merged runs hold old samples under new numbers, and some twice.
+    fn order_timelines(&mut self) {
+        for entry in self.histories.values_mut() {
+            entry.timeline.sort_unstable_by_key(|sample| sample.lsn);
+            entry.timeline.dedup_by_key(|sample| sample.lsn);
+        }
+    }
+
+    fn seed_name(&self, segment: SegmentId) -> FileName {
+        let known = self.seed_segments.get(&segment);
+        seed_file(segment, known.map_or(0, |known| known.generation))
+    }
+
     fn adopt_slots(&mut self, segment: SegmentId, entries: &[SlotEntry]) {
-        for (slot, found) in (0u32..).zip(entries) {
+        for found in entries {
             let context = &found.context;
             let Some(history) = self.histories.get_mut(&context.history) else {
                 continue;
             };
-            let found = bulk_entry(context, segment, slot);
+            let found = bulk_entry(context, segment, found.slot);
             history.highest_bulk = history.highest_bulk.max(found.lsn);
             history.is_dirty = true;
             let map = history.disks.entry(context.disk).or_default();
@@ -396,11 +483,28 @@ impl Engine {
 
     pub(super) fn log_ready(&mut self, last_sequence: u64, out: &mut Vec<Output>) {
         self.applied_sequence = self.applied_sequence.max(last_sequence);
+        let found = self.log.found_through();
+        if found < self.checkpoint {
+            self.log_is_short(found);
+        }
         for entry in self.histories.values_mut() {
             entry.find_bulk_done();
         }
         self.phase = Phase::Running;
+        self.share_budget();
+        self.release_log(out);
         out.push(Output::Ready);
+    }
+
+    /// The log ends before what the map holds: nobody knows what followed. Its commits and LSNs
+    /// go on behind the checkpoint, and an epoch that begins behind a gap shows what was lost.
+    fn log_is_short(&mut self, found: u64) {
+        let checkpoint = self.checkpoint;
+        self.note_damage(format!(
+            "the log ends at commit {found}, and was applied up to {checkpoint}: what followed is \
+             lost, and what only it held cannot be read"
+        ));
+        self.commits_lost();
     }
 
     /// Builds the state that the manifest describes.
@@ -500,6 +604,7 @@ impl Engine {
             }
             Edit::Segment {
                 segment,
+                generation,
                 slot_count,
                 bytes,
                 root,
@@ -510,6 +615,7 @@ impl Engine {
                 self.seed_segments.insert(
                     segment,
                     SeedSegment {
+                        generation,
                         slot_count,
                         bytes,
                         root,
@@ -519,8 +625,9 @@ impl Engine {
             Edit::SegmentDropped { segment } => {
                 self.seed_segments.remove(&segment);
             }
+            Edit::LogReleased { log_sequence } => self.log_released = log_sequence,
             Edit::Run { run, bytes } => {
-                self.next_run = self.next_run.max(run.0 + 1);
+                self.next_run = self.next_run.max(run.0.saturating_add(1));
                 self.runs.insert(run, bytes);
             }
             Edit::RunDropped { run } => {
@@ -544,12 +651,14 @@ impl Engine {
                 }
             }
             Edit::Batch(batch) => {
-                if let Some(entry) = self.histories.get_mut(&batch.history) {
+                // Before the first LSN nothing can begin.
+                let entry = self.histories.get_mut(&batch.history);
+                if let Some(entry) = entry.filter(|_| batch.begin > Lsn::ZERO) {
                     entry.put_batch(batch);
                 }
             }
             Edit::Point(point) => {
-                self.next_point = self.next_point.max(point.id.0 + 1);
+                self.next_point = self.next_point.max(point.id.0.saturating_add(1));
                 self.put_point(point);
             }
             Edit::PointDropped { point } => {
@@ -558,6 +667,7 @@ impl Engine {
                         machine.names.remove(&point.name);
                     }
                 }
+                self.retention.locks.remove(&point);
             }
             Edit::Lost {
                 disk,
@@ -572,6 +682,10 @@ impl Engine {
                 }
             }
             Edit::BaseThrough { segment } => self.base_through = segment,
+            edit @ (Edit::Policy { .. }
+            | Edit::PointLocked { .. }
+            | Edit::Clock(_)
+            | Edit::Floor { .. }) => self.replay_retention(edit),
         }
         Ok(())
     }

@@ -87,6 +87,8 @@ pub(super) struct HistoryEntry {
     pub(super) stream: Option<StreamNumber>,
     /// The state changed since the last checkpoint.
     pub(super) is_dirty: bool,
+    /// Durable: what lies below is addressable only where a point or a fork names it.
+    pub(super) floor: Lsn,
 }
 
 use super::StreamNumber;
@@ -213,6 +215,7 @@ impl HistoryEntry {
             has_lost_tail: false,
             stream: None,
             is_dirty: false,
+            floor: Lsn::ZERO,
         }
     }
 
@@ -381,7 +384,8 @@ impl HistoryEntry {
         self.batches
             .iter()
             .filter(|batch| batch.disks.contains(&disk))
-            .filter(|batch| batch.begin <= lsn && (batch.end == Lsn::ZERO || lsn < batch.end))
+            .filter(|batch| batch.begin > Lsn::ZERO && batch.begin <= lsn)
+            .filter(|batch| batch.end == Lsn::ZERO || lsn < batch.end)
             .min_by_key(|batch| batch.begin)
     }
 
@@ -445,6 +449,7 @@ pub(super) struct Stream {
 /// A seed segment that counts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SeedSegment {
+    pub(super) generation: u32,
     pub(super) slot_count: u32,
     pub(super) bytes: u64,
     pub(super) root: [u8; 32],

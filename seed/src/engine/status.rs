@@ -5,6 +5,7 @@ use afterimage_blockdev::{
 };
 
 use super::ingest::history_edit;
+use super::retention::ClockInfo;
 use super::{Engine, StoreFile};
 use crate::manifest::{Edit, HistoryState};
 use crate::run::RunId;
@@ -45,6 +46,8 @@ pub struct HistoryInfo {
     pub durable_time: Timestamp,
     /// A stream is open.
     pub is_open: bool,
+    /// First LSN of the journal window that is held.
+    pub floor: Lsn,
 }
 
 /// A disk.
@@ -94,6 +97,8 @@ pub struct EngineInfo {
     pub machines: Vec<MachineInfo>,
     /// Damage that was found, for people.
     pub damage: Vec<String>,
+    /// The clock that locks trust.
+    pub clock: ClockInfo,
 }
 
 impl Engine {
@@ -106,7 +111,7 @@ impl Engine {
         let runs: u64 = self.runs.values().sum();
         EngineInfo {
             stored_bytes: self.log.stored_bytes() + seeds + runs + self.manifest.stored_bytes(),
-            queued_bytes: self.log.queued_bytes() + self.bulk.bytes(),
+            queued_bytes: self.queued_bytes(),
             paused: self
                 .is_paused
                 .or(self.bulk.waits_for_room().then_some(false)),
@@ -116,6 +121,7 @@ impl Engine {
                 .map(|machine| self.machine_info(*machine))
                 .collect(),
             damage: self.damage.clone(),
+            clock: self.clock_info(),
         }
     }
 
@@ -140,6 +146,7 @@ impl Engine {
                     durable: entry.durable,
                     durable_time: entry.durable_time,
                     is_open: entry.stream.is_some(),
+                    floor: entry.floor,
                 })
                 .collect(),
             disks: state
@@ -157,7 +164,7 @@ impl Engine {
         let mut damage = Vec::new();
         if let Some(entry) = self.histories.get(&trunk) {
             if let Some(first) = entry.copied_at(disk) {
-                let mut from = first;
+                let mut from = first.max(entry.floor);
                 let mut batches: Vec<_> = entry
                     .batches
                     .iter()
@@ -178,6 +185,9 @@ impl Engine {
                 if from <= entry.durable {
                     reaches.push(reach(entry, trunk, from, entry.durable));
                 }
+            }
+            if self.unread.lost_of(entry.id).is_some() {
+                damage.push("a file that may hold blocks of it cannot be read".to_owned());
             }
             for (hurt, first, last) in &entry.lost {
                 if *hurt == disk || hurt.is_nil() {
@@ -205,11 +215,20 @@ impl Engine {
         }
     }
 
+    /// Bytes that were received and wait to be written.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        self.log.queued_bytes() + self.bulk.bytes()
+    }
+
     pub(super) fn files(&self) -> Vec<StoreFile> {
         let logs = self.log.segments().into_iter().map(StoreFile::Log);
-        let seeds = self.seed_segments.keys().copied().map(StoreFile::Seed);
+        let seeds = self.seed_segments.iter();
+        let seeds = seeds.map(|(segment, state)| StoreFile::Seed(*segment, state.generation));
         let runs = self.runs.keys().copied().map(StoreFile::Run);
-        logs.chain(seeds).chain(runs).collect()
+        // First, for it says what the others should be.
+        let manifest = core::iter::once(StoreFile::Manifest(self.manifest.number()));
+        manifest.chain(logs).chain(seeds).chain(runs).collect()
     }
 
     /// The whole state, for the beginning of a manifest file.
@@ -259,6 +278,7 @@ impl Engine {
                 .iter()
                 .map(|(segment, state)| Edit::Segment {
                     segment: *segment,
+                    generation: state.generation,
                     slot_count: state.slot_count,
                     bytes: state.bytes,
                     root: state.root,
@@ -272,6 +292,7 @@ impl Engine {
         for machine in self.machines.values() {
             edits.extend(machine.points.values().cloned().map(Edit::Point));
         }
+        edits.extend(self.retention_state());
         edits
     }
 
@@ -284,6 +305,11 @@ impl Engine {
         edits.push(Edit::BaseThrough {
             segment: self.base_through,
         });
+        if self.log_released > 0 {
+            edits.push(Edit::LogReleased {
+                log_sequence: self.log_released,
+            });
+        }
         edits
     }
 

@@ -72,13 +72,17 @@ impl Engine {
                         format!("the nearest one is lsn:{}", known.durable),
                     ));
                 }
-                Ok((history, *lsn))
+                self.must_be_addressable(machine, (history, *lsn))
             }
-            At::Time(time) => self.cut_at_time(trunk, *time),
+            At::Time(time) => {
+                let cut = self.cut_at_time(trunk, *time)?;
+                self.must_be_addressable(machine, cut)
+            }
             At::Ago(age) => {
                 let now = self.clock.wall().0;
                 let time = now.saturating_sub(afterimage_blockdev::clock::nanoseconds(*age));
-                self.cut_at_time(trunk, Timestamp(time))
+                let cut = self.cut_at_time(trunk, Timestamp(time))?;
+                self.must_be_addressable(machine, cut)
             }
             At::Name(name) => match state.names.get(name).and_then(|id| state.points.get(id)) {
                 Some(point) if self.histories.contains_key(&point.history) => {
@@ -118,7 +122,7 @@ impl Engine {
     }
 
     /// Histories from one up to its oldest ancestor, each with the last LSN of it that is seen.
-    fn lineage(
+    pub(super) fn lineage(
         &self,
         history: HistoryId,
         lsn: Lsn,
@@ -132,6 +136,19 @@ impl Engine {
             Some((history, entry, cap))
         })
         .take(LAYERS_MAX)
+    }
+
+    /// Refuses a fork of a history that no view could look through any more: beyond its farthest
+    /// ancestor blocks would read as zeroes.
+    pub(super) fn may_have_child(&self, parent: HistoryId) -> Result<(), SeedError> {
+        let depth = self.lineage(parent, Lsn(u64::MAX)).count();
+        if depth < LAYERS_MAX {
+            return Ok(());
+        }
+        Err(SeedError::refused(
+            format!("history {parent} already goes through {depth} forks"),
+            "copy what is wanted to a disk of its own, and protect that",
+        ))
     }
 
     /// Says whether a whole copy of a disk is visible at an LSN of a history.
@@ -201,6 +218,9 @@ impl Engine {
                     lost.push((history, *first, *last));
                 }
             }
+            if let Some((first, last)) = self.unread.lost_of(history) {
+                lost.push((history, first, last));
+            }
             for hole in &entry.holes {
                 if hole.undecided.contains(&disk) && hole.first <= cap {
                     lost.push((history, hole.first, hole.last));
@@ -220,7 +240,7 @@ impl Engine {
             .disks
             .get(&disk)
             .map_or(4096, |state| state.logical_block_bytes);
-        Arc::new(Snapshot {
+        let snapshot = Arc::new(Snapshot {
             serial,
             disk,
             history,
@@ -229,7 +249,9 @@ impl Engine {
             logical_block_bytes,
             layers,
             lost,
-        })
+        });
+        self.keep_snapshot(&snapshot);
+        snapshot
     }
 
     pub(super) fn snapshot(
@@ -258,6 +280,7 @@ impl Engine {
                 });
             }
         }
+        self.must_be_kept(machine, history, (asked, lsn))?;
         let snapshot = self.assemble(disk, history, lsn);
         Ok(TakenSnapshot {
             snapshot,
@@ -300,6 +323,7 @@ impl Engine {
     ) -> Result<Option<Response>, SeedError> {
         let from = self.snapshot(reference, allow_incomplete)?;
         let (disk, parent, fork) = (from.snapshot.disk, from.snapshot.history, from.snapshot.lsn);
+        self.may_have_child(parent)?;
         let history = HistoryId(self.entropy.identity());
         let origin = AgentId(self.store.0);
         let epoch = Epoch(1);

@@ -1,6 +1,7 @@
 //! What the engine is asked and told, and what it answers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use afterimage_blockdev::{
     AgentId, DiskId, Epoch, HistoryId, Lsn, MachineId, Monotonic, PointId, SegmentId,
@@ -9,9 +10,11 @@ use afterimage_blockdev::{
 use afterimage_cache::{DiskKey, Frame};
 
 use super::EngineInfo;
+use super::retention::PolicyInfo;
 use crate::error::SeedError;
 use crate::manifest::PointRecord;
 use crate::reference::{At, Reference};
+use crate::retention::Policy;
 use crate::run::RunId;
 use crate::section::Snapshot;
 
@@ -65,13 +68,38 @@ pub enum Request {
         /// The cut.
         at: Option<At>,
     },
-    /// Deletes a point.
-    DeletePoint {
+    /// Deletes points: all of them or none.
+    DeletePoints {
         /// The machine's name or identity.
         machine: String,
-        /// The point's name.
-        name: String,
+        /// The points' names.
+        names: Vec<String>,
     },
+    /// Locks points until a time, or lengthens their locks: all of them or none.
+    LockPoints {
+        /// The machine's name or identity.
+        machine: String,
+        /// The points' names.
+        names: Vec<String>,
+        /// Until when.
+        until: Timestamp,
+    },
+    /// Changes a machine's policy.
+    SetPolicy {
+        /// The machine's name or identity.
+        machine: String,
+        /// The policy.
+        policy: Policy,
+        /// The version that it was made from; refused when there is a newer one.
+        expected: Option<u64>,
+    },
+    /// Shows a machine's policy.
+    GetPolicy {
+        /// The machine's name or identity.
+        machine: String,
+    },
+    /// Says that the wall clock is right.
+    ConfirmClock,
     /// Lists points.
     ListPoints {
         /// The machine's name or identity.
@@ -111,6 +139,8 @@ pub enum Request {
         /// Who may write from now on.
         holder: AgentId,
     },
+    /// Collects what nobody needs; answered when that is done.
+    Collect,
     /// Describes everything.
     Info,
     /// Lists the files that count, for verification.
@@ -180,10 +210,12 @@ pub struct ForkedBranch {
 /// A file of the store that counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StoreFile {
+    /// The manifest, by the number of its file.
+    Manifest(u32),
     /// A segment of the log.
     Log(SegmentId),
-    /// A seed segment.
-    Seed(SegmentId),
+    /// A seed segment, and how often it was rewritten.
+    Seed(SegmentId, u32),
     /// A run.
     Run(RunId),
 }
@@ -203,10 +235,14 @@ pub enum Response {
     Snapshot(TakenSnapshot),
     /// Of `Fork`.
     Branch(Box<ForkedBranch>),
+    /// Of `Collect`.
+    Collected(Collected),
     /// Of `Info`.
     Info(EngineInfo),
     /// Of `Files`.
     Files(Vec<StoreFile>),
+    /// Of `SetPolicy` and `GetPolicy`.
+    Policy(PolicyInfo),
     /// Of all others.
     Done,
 }
@@ -268,6 +304,60 @@ pub enum Event {
     },
     /// Ingest goes on.
     Resumed,
+    /// The wall clock is not trusted: no lock ends and nothing is thinned until a person says that
+    /// it is right.
+    ClockFrozen {
+        /// How far it is ahead of where it should be.
+        ahead: Duration,
+    },
+    /// Policies dropped points.
+    Thinned {
+        /// How many.
+        points: usize,
+    },
+    /// Runs became one.
+    Merged {
+        /// How many.
+        runs: usize,
+        /// Entries that nobody needs any more.
+        left_out: u64,
+    },
+    /// What nobody needs was collected.
+    Collected(Collected),
+    /// There is no room: a machine's journal window gets shorter.
+    WindowShortened {
+        /// The machine.
+        machine: MachineId,
+        /// The window that it has from now on.
+        window: std::time::Duration,
+    },
+    /// There is no room: a machine's oldest points go.
+    PointsYielded {
+        /// The machine.
+        machine: MachineId,
+        /// How many.
+        count: usize,
+    },
+    /// Runs were not merged; it is tried again.
+    MergeGivenUp {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What a collection did.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Collected {
+    /// Log segments that were destaged.
+    pub destaged: u64,
+    /// Seed segments that were rewritten without what nobody needs.
+    pub rewritten: u64,
+    /// Segments of which nothing was needed.
+    pub dropped: u64,
+    /// Bytes of files that went, less those that came.
+    pub freed_bytes: i64,
+    /// Bytes that were written for it.
+    pub written_bytes: u64,
 }
 
 /// What the engine wants or tells.

@@ -1,6 +1,9 @@
 //! Edits of the manifest: what the store consists of. Each is a type byte, a length and fixed
 //! fields, so that a reader can see where one ends before it looks inside.
 
+use std::time::Duration;
+
+use afterimage_blockdev::clock::nanoseconds;
 use afterimage_blockdev::{
     AgentId, BatchId, DiskId, Epoch, HistoryId, KeyId, Lsn, MachineId, PointId, SegmentId, StoreId,
     Timestamp,
@@ -9,6 +12,7 @@ use afterimage_cache::Damage;
 use afterimage_cache::key::WRAPPED_BYTES;
 
 use super::field::{FieldReader, FieldWriter};
+use crate::retention::{ClockRecord, Elapsed, Lock, LockRule, Policy, Tier};
 use crate::run::RunId;
 
 /// What kind of state a point names.
@@ -34,6 +38,13 @@ impl PointKind {
             Self::Bookmark => "bookmark",
             Self::ResyncIncomplete => "resync-incomplete",
         }
+    }
+
+    /// The kind that has a name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let mut all = (1..=4).filter_map(Self::from_code);
+        all.find(|kind| kind.name() == name)
     }
 
     fn code(self) -> u8 {
@@ -188,12 +199,20 @@ pub enum Edit {
     Segment {
         /// The segment.
         segment: SegmentId,
-        /// Number of slots.
+        /// How often it was rewritten; the file's name says so.
+        generation: u32,
+        /// Number of slots that it holds.
         slot_count: u32,
         /// Bytes of its file.
         bytes: u64,
         /// Hash over the hashes of its slots.
         root: [u8; 32],
+    },
+    /// Commits of the log up to here are needed no longer: what of them still is lies in seed
+    /// segments.
+    LogReleased {
+        /// Sequence of the last of them.
+        log_sequence: u64,
     },
     /// A run file counts from now on.
     Run {
@@ -243,6 +262,31 @@ pub enum Edit {
     BaseThrough {
         /// The segment.
         segment: SegmentId,
+    },
+    /// How long a machine's points and LSNs are kept.
+    Policy {
+        /// The machine.
+        machine: MachineId,
+        /// Rises by one with each change.
+        version: u64,
+        /// The policy.
+        policy: Policy,
+    },
+    /// A point must not be deleted yet. A later one of the same point only lengthens.
+    PointLocked {
+        /// The point.
+        point: PointId,
+        /// Until when.
+        lock: Lock,
+    },
+    /// What the store knows of time.
+    Clock(ClockRecord),
+    /// Below this LSN of a history only points and forks are addressable. Only rises.
+    Floor {
+        /// The history.
+        history: HistoryId,
+        /// First LSN of which all that follow are addressable.
+        lsn: Lsn,
     },
 }
 
@@ -327,11 +371,13 @@ impl Edit {
             }
             Self::Segment {
                 segment,
+                generation,
                 slot_count,
                 bytes,
                 root,
             } => {
-                w.u32(segment.0).u32(*slot_count).u64(*bytes).bytes(root);
+                w.u32(segment.0).u32(*generation).u32(*slot_count);
+                w.u64(*bytes).bytes(root);
                 7
             }
             Self::Run { run, bytes } => {
@@ -389,6 +435,10 @@ impl Edit {
                 w.id(disk.0).id(history.0).u64(first.0).u64(last.0);
                 15
             }
+            Self::LogReleased { log_sequence } => {
+                w.u64(*log_sequence);
+                30
+            }
             Self::SegmentDropped { segment } => {
                 w.u32(segment.0);
                 16
@@ -396,6 +446,29 @@ impl Edit {
             Self::BaseThrough { segment } => {
                 w.u32(segment.0);
                 17
+            }
+            Self::Policy {
+                machine,
+                version,
+                policy,
+            } => {
+                w.id(machine.0).u64(*version);
+                encode_policy(policy, w);
+                18
+            }
+            Self::PointLocked { point, lock } => {
+                w.u64(point.0).u64(lock.until.0).u64(lock.elapsed_until.0);
+                19
+            }
+            Self::Clock(clock) => {
+                w.u64(clock.wall.0)
+                    .u64(clock.elapsed.0)
+                    .flag(clock.is_frozen);
+                20
+            }
+            Self::Floor { history, lsn } => {
+                w.id(history.0).u64(lsn.0);
+                21
             }
         }
     }
@@ -461,6 +534,7 @@ impl Edit {
             },
             7 => Self::Segment {
                 segment: SegmentId(r.u32()?),
+                generation: r.u32()?,
                 slot_count: r.u32()?,
                 bytes: r.u64()?,
                 root: r.array()?,
@@ -503,11 +577,35 @@ impl Edit {
                 first: Lsn(r.u64()?),
                 last: Lsn(r.u64()?),
             },
+            30 => Self::LogReleased {
+                log_sequence: r.u64()?,
+            },
             16 => Self::SegmentDropped {
                 segment: SegmentId(r.u32()?),
             },
             17 => Self::BaseThrough {
                 segment: SegmentId(r.u32()?),
+            },
+            18 => Self::Policy {
+                machine: MachineId(r.array()?),
+                version: r.u64()?,
+                policy: decode_policy(r)?,
+            },
+            19 => Self::PointLocked {
+                point: PointId(r.u64()?),
+                lock: Lock {
+                    until: Timestamp(r.u64()?),
+                    elapsed_until: Elapsed(r.u64()?),
+                },
+            },
+            20 => Self::Clock(ClockRecord {
+                wall: Timestamp(r.u64()?),
+                elapsed: Elapsed(r.u64()?),
+                is_frozen: r.flag()?,
+            }),
+            21 => Self::Floor {
+                history: HistoryId(r.array()?),
+                lsn: Lsn(r.u64()?),
             },
             _ => return None,
         })
@@ -531,6 +629,53 @@ fn decode_batch(r: &mut FieldReader<'_>) -> Option<BatchRecord> {
         end,
         disks,
     })
+}
+
+fn encode_policy(policy: &Policy, w: &mut FieldWriter) {
+    w.u64(nanoseconds(policy.journal_window));
+    w.u32(afterimage_cache::bytes::narrow(policy.tiers.len()));
+    for tier in &policy.tiers {
+        w.u64(nanoseconds(tier.interval))
+            .u64(nanoseconds(tier.keep_for));
+    }
+    w.u64(nanoseconds(policy.keep_application));
+    w.flag(policy.keep_named.is_some())
+        .u64(nanoseconds(policy.keep_named.unwrap_or_default()));
+    w.flag(policy.lock.is_some());
+    let lock = policy.lock.clone().unwrap_or_default();
+    w.u64(nanoseconds(lock.duration));
+    w.u32(afterimage_cache::bytes::narrow(lock.kinds.len()));
+    for kind in lock.kinds {
+        w.u8(kind.code());
+    }
+}
+
+/// A policy that the engine would not take is no policy.
+fn decode_policy(r: &mut FieldReader<'_>) -> Option<Policy> {
+    let duration = |r: &mut FieldReader<'_>| r.u64().map(Duration::from_nanos);
+    let journal_window = duration(r)?;
+    let tiers = (0..r.u32()?)
+        .map(|_| {
+            Some(Tier {
+                interval: duration(r)?,
+                keep_for: duration(r)?,
+            })
+        })
+        .collect::<Option<_>>()?;
+    let keep_application = duration(r)?;
+    let (keeps_named, keep_named) = (r.flag()?, duration(r)?);
+    let (is_locking, duration) = (r.flag()?, duration(r)?);
+    let kinds = (0..r.u32()?)
+        .map(|_| r.u8().and_then(PointKind::from_code))
+        .collect::<Option<_>>()?;
+    let policy = Policy {
+        journal_window,
+        tiers,
+        keep_application,
+        keep_named: keeps_named.then_some(keep_named),
+        lock: is_locking.then_some(LockRule { duration, kinds }),
+    };
+    policy.validate().is_ok().then_some(policy)
 }
 
 fn split(bytes: &[u8]) -> Option<(&[u8], &[u8], u8)> {

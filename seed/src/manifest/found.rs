@@ -6,9 +6,9 @@ use super::{Edit, ManifestCommit, NAME, SECTOR};
 
 /// A file whose snapshot is whole.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     /// All edits, in order.
-    pub(super) edits: Vec<Edit>,
+    pub(crate) edits: Vec<Edit>,
     /// The file as it should be, up to the end of the last commit.
     pub(super) bytes: Vec<u8>,
     /// Bytes of the snapshot.
@@ -20,11 +20,13 @@ pub(super) struct Found {
     /// Hash of the last commit.
     pub(super) hash: [u8; 32],
     /// Where a copy is bad of which the other is good.
-    pub(super) damaged: Vec<u64>,
+    pub(crate) damaged: Vec<u64>,
+    /// The last commit is an idle one.
+    pub(super) is_proven: bool,
 }
 
 /// What came of a walk.
-pub(super) enum Walked {
+pub(crate) enum Walked {
     /// The file counts.
     Whole(Box<Found>),
     /// The file was never durable as a whole.
@@ -46,9 +48,13 @@ struct Pair<'a> {
 type Place = Option<(u64, [u8; 32])>;
 
 fn follows(commit: &ManifestCommit, last: Place) -> bool {
-    last.is_none_or(|(sequence, hash)| {
-        commit.previous == hash && commit.sequence.checked_sub(1) == Some(sequence)
-    })
+    // What went before a file's first commit is in no file any more: but it begins the snapshot.
+    last.map_or_else(
+        || commit.begins_file(),
+        |(sequence, hash)| {
+            commit.previous == hash && commit.sequence.checked_sub(1) == Some(sequence)
+        },
+    )
 }
 
 /// The commit at a place, from its first copy or else from its second.
@@ -90,7 +96,8 @@ fn pair_at(bytes: &[u8], at: usize, last: Place) -> Result<Pair<'_>, Damage> {
 }
 
 impl Found {
-    pub(super) fn walk(bytes: &[u8]) -> Walked {
+    /// Walks the bytes of a file, with zeroes in place of the sectors that cannot be read.
+    pub(crate) fn walk(bytes: &[u8], unreadable: &[u64]) -> Walked {
         let mut found = Self {
             edits: Vec::new(),
             bytes: Vec::new(),
@@ -99,6 +106,7 @@ impl Found {
             sequence: 1,
             hash: [0; 32],
             damaged: Vec::new(),
+            is_proven: false,
         };
         let mut last: Place = None;
         let damage = loop {
@@ -122,16 +130,21 @@ impl Found {
             if pair.commit.ends_snapshot {
                 found.snapshot_bytes = found.bytes.len() as u64;
             }
+            found.is_proven = is_whole && pair.commit.edits.is_empty();
             last = Some((pair.commit.sequence, pair.hash));
             found.edits.extend(pair.commit.edits);
         };
-        found.end(bytes, last, damage)
+        found.end(bytes, unreadable, last, damage)
     }
 
     /// Decides whether what follows the last good commit was ever durable.
-    fn end(mut self, bytes: &[u8], last: Place, damage: Damage) -> Walked {
+    fn end(mut self, bytes: &[u8], unreadable: &[u64], last: Place, damage: Damage) -> Walked {
         let at = self.bytes.len();
         let is_whole = self.snapshot_bytes > 0;
+        // A torn write can be read.
+        if unreadable.iter().any(|offset| *offset >= at as u64) {
+            return Walked::Damaged(at as u64, damage);
+        }
         let mut newer = 0;
         for place in (at..bytes.len()).step_by(SECTOR) {
             match ManifestCommit::decode(&bytes[place..]) {
@@ -158,7 +171,7 @@ impl Found {
         let Some((sequence, hash)) = last.filter(|_| is_whole) else {
             return Walked::NotWhole;
         };
-        self.sequence = sequence + 1;
+        self.sequence = sequence.saturating_add(1);
         self.hash = hash;
         // In the last write a bad copy may be torn, which is no damage.
         let proven = self.rewrite_at;

@@ -11,13 +11,20 @@ use afterimage_blockdev::{
 use afterimage_cache::Damage;
 
 use super::found::{Found, Walked};
-use super::{Edit, ManifestCommit, SECTOR, manifest_file, parse_manifest_file};
+use super::{
+    COMMIT_BYTES_MAX, Edit, FILE_BYTES_MAX, ManifestCommit, SECTOR, manifest_file,
+    parse_manifest_file,
+};
 use crate::error::SeedError;
+use crate::patchwork::Patchwork;
 
 type StorageResult = Result<StorageOutcome, StorageError>;
 
 /// Edits in one commit of a snapshot.
 const SNAPSHOT_EDITS: usize = 4096;
+/// Bytes of edits from which on a commit takes no more of them. What is longer on its own goes
+/// into a snapshot, which may have many parts.
+const COMMIT_BYTES: usize = 4 << 20;
 /// A file is replaced when it is so many times as long as the snapshot that it began with.
 const SNAPSHOT_LENGTHS: u64 = 4;
 
@@ -91,6 +98,8 @@ pub struct Manifest {
     others: Vec<u32>,
     number: u32,
     file: Option<FileId>,
+    /// Length of the file that is looked at.
+    found_bytes: usize,
     next_number: u32,
     next_file: Option<FileId>,
     /// Bytes at which the present file is full.
@@ -102,6 +111,12 @@ pub struct Manifest {
     queue: VecDeque<(u64, Vec<Edit>)>,
     /// On their way: the callers' numbers and the edits.
     writing: Vec<(u64, Vec<Edit>)>,
+    /// The commit under way is an idle one.
+    is_proving: bool,
+    /// The last commit is an idle one: damage of those before it cannot look torn.
+    is_proven: bool,
+    /// The read of the file that is looked at, in pieces.
+    patchwork: Option<Patchwork>,
     pending: Pending,
     has_no_space: bool,
     wants_snapshot: bool,
@@ -123,6 +138,7 @@ impl Manifest {
             others: Vec::new(),
             number: 0,
             file: None,
+            found_bytes: 0,
             next_number: 1,
             next_file: None,
             full_at: bytes_max,
@@ -131,6 +147,9 @@ impl Manifest {
             previous: [0; 32],
             queue: VecDeque::new(),
             writing: Vec::new(),
+            is_proving: false,
+            is_proven: true,
+            patchwork: None,
             pending: Pending::default(),
             has_no_space: false,
             wants_snapshot: false,
@@ -149,6 +168,12 @@ impl Manifest {
             },
             out,
         );
+    }
+
+    /// Number of the present file.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
     }
 
     /// Bytes of the present file.
@@ -178,6 +203,23 @@ impl Manifest {
         }
         self.queue.push_back((number, edits));
         self.advance(out);
+    }
+
+    /// Says whether a commit has none behind it that proves that it was durable.
+    #[must_use]
+    pub fn is_unproven(&self) -> bool {
+        !self.is_proven && self.is_ready && !self.has_no_space
+    }
+
+    /// Writes an idle commit behind the last real one, when nothing else is to be written.
+    pub fn prove(&mut self, out: &mut Vec<ManifestOutput>) {
+        // Also into a full file: what waits for the next commit would else wait for proof as well.
+        if let Some(file) = self.file.filter(|_| self.is_unproven()) {
+            if !self.is_busy() {
+                self.is_proving = true;
+                self.write_queue(file, out);
+            }
+        }
     }
 
     /// Begins a new file with the whole state. What waits is written behind it, so the state need
@@ -212,7 +254,9 @@ impl Manifest {
         if self.queue.is_empty() && self.writing.is_empty() {
             return;
         }
-        let Some(file) = self.file.filter(|_| self.write_at < self.full_at) else {
+        let is_long = self.writing.is_empty() && self.queue.front().is_some_and(is_long);
+        let is_full = is_long || self.write_at >= self.full_at;
+        let Some(file) = self.file.filter(|_| !is_full) else {
             if !self.wants_snapshot {
                 self.wants_snapshot = true;
                 out.push(ManifestOutput::WantsSnapshot);
@@ -222,9 +266,18 @@ impl Manifest {
         self.write_queue(file, out);
     }
 
-    /// Writes all that waits as one commit.
+    /// Writes what waits as one commit, as long as it is not too long.
     fn write_queue(&mut self, file: FileId, out: &mut Vec<ManifestOutput>) {
-        self.writing.extend(self.queue.drain(..));
+        if self.writing.is_empty() && !self.is_proving {
+            let mut bytes = 0;
+            while let Some((_, edits)) = self.queue.front() {
+                bytes += bytes_of(edits);
+                if bytes > COMMIT_BYTES && !self.writing.is_empty() {
+                    break;
+                }
+                self.writing.extend(self.queue.pop_front());
+            }
+        }
         let commit = ManifestCommit {
             sequence: self.sequence,
             previous: self.previous,
@@ -236,12 +289,15 @@ impl Manifest {
                 .flat_map(|(_, edits)| edits.iter().cloned())
                 .collect(),
         };
-        let (buffer, hash) = commit.encode_twice();
+        let (buffer, hash) = match commit.encode_twice() {
+            Ok(encoded) => encoded,
+            Err(damage) => return self.refuse(damage, out),
+        };
         let offset = self.write_at;
         let length = offset + buffer.len() as u64;
         self.pending = Pending {
             length,
-            sequence: self.sequence + 1,
+            sequence: self.sequence.saturating_add(1),
             hash,
         };
         self.ask(
@@ -257,7 +313,7 @@ impl Manifest {
 
     fn create_next(&mut self, out: &mut Vec<ManifestOutput>) {
         let name = manifest_file(self.next_number);
-        self.next_number += 1;
+        self.next_number = self.next_number.saturating_add(1);
         self.ask(Step::Create, StorageOp::Create { name }, out);
     }
 
@@ -271,23 +327,28 @@ impl Manifest {
         }
         let mut bytes = IoBuffer::with_capacity(SECTOR);
         let (mut sequence, mut previous) = (self.sequence, self.previous);
-        let pieces = state.len().div_ceil(SNAPSHOT_EDITS).max(1);
-        for piece in 0..pieces {
-            let edits = state
-                .iter()
-                .skip(piece * SNAPSHOT_EDITS)
-                .take(SNAPSHOT_EDITS);
+        let parts = cut(&state);
+        let count = parts.len();
+        for (place, part) in parts.into_iter().enumerate() {
             let commit = ManifestCommit {
                 sequence,
                 previous,
                 is_snapshot: true,
-                ends_snapshot: piece + 1 == pieces,
-                edits: edits.cloned().collect(),
+                ends_snapshot: place + 1 == count,
+                edits: part.to_vec(),
             };
-            let (encoded, hash) = commit.encode_twice();
+            let (encoded, hash) = match commit.encode_twice() {
+                Ok(encoded) => encoded,
+                Err(damage) => return self.refuse(damage, out),
+            };
             bytes.extend_from_slice(&encoded);
-            sequence += 1;
+            sequence = sequence.saturating_add(1);
             previous = hash;
+        }
+        if bytes.len() as u64 > FILE_BYTES_MAX / 2 {
+            let structure = "manifest file";
+            let field = "length";
+            return self.refuse(Damage::Field { structure, field }, out);
         }
         self.snapshot = Some(state);
         self.pending = Pending {
@@ -306,6 +367,13 @@ impl Manifest {
         );
     }
 
+    /// What no reader would take is not written: the store stops with the manifest that it has.
+    fn refuse(&mut self, damage: Damage, out: &mut Vec<ManifestOutput>) {
+        let file = manifest_file(self.number).to_string();
+        let error = damaged(file, self.write_at, damage);
+        out.push(ManifestOutput::Failed(error));
+    }
+
     /// Takes the completion of the one outstanding operation.
     pub fn completed(&mut self, result: StorageResult, out: &mut Vec<ManifestOutput>) {
         let step = core::mem::replace(&mut self.step, Step::Idle);
@@ -317,9 +385,16 @@ impl Manifest {
 
     fn failed(&mut self, step: Step, error: StorageError, out: &mut Vec<ManifestOutput>) {
         match step {
+            Step::Read => self.read_on(Err(error), out),
             // The name may be left from a change of files that was cut.
             Step::Create if matches!(error.kind, StorageErrorKind::Exists) => {
                 self.create_next(out);
+            }
+            // Proof is not worth waiting for; what comes next takes its place.
+            Step::Write if self.is_proving && error.is_no_space() => {
+                self.is_proving = false;
+                self.is_proven = true;
+                self.advance(out);
             }
             Step::Create | Step::Write | Step::Rewrite if error.is_no_space() => {
                 self.wait_for_room(out);
@@ -356,21 +431,18 @@ impl Manifest {
             }
             (Step::Open, StorageOutcome::Opened { file, length }) => {
                 self.file = Some(file);
-                let len = usize::try_from(length)
-                    .unwrap_or(0)
-                    .next_multiple_of(SECTOR);
-                let buffer = IoBuffer::zeroed(len.max(SECTOR));
-                self.ask(
-                    Step::Read,
-                    StorageOp::Read {
-                        file,
-                        offset: 0,
-                        buffer,
-                    },
-                    out,
-                );
+                self.found_bytes = usize::try_from(length).unwrap_or(usize::MAX);
+                if length > FILE_BYTES_MAX {
+                    let file = manifest_file(self.number).to_string();
+                    let (structure, field) = ("manifest file", "length");
+                    let error = damaged(file, FILE_BYTES_MAX, Damage::Field { structure, field });
+                    out.push(ManifestOutput::Failed(error));
+                    return;
+                }
+                let len = self.found_bytes.next_multiple_of(SECTOR).max(SECTOR);
+                self.ask_read(file, 0, len, out);
             }
-            (Step::Read, StorageOutcome::Read(bytes)) => self.read(&bytes, out),
+            (Step::Read, StorageOutcome::Read(bytes)) => self.read_on(Ok(&bytes), out),
             (Step::CloseFound, _) => self.open_next(out),
             (Step::Rewrite, _) => self.with_file(Step::SyncFound, out),
             // What is found counts from now on, so it and its name must be durable.
@@ -405,7 +477,7 @@ impl Manifest {
     /// The next file is whole and durable: it counts, and the others do not.
     fn change_files(&mut self, out: &mut Vec<ManifestOutput>) {
         self.snapshot = None;
-        self.full_at = self.bytes_max.max(self.pending.length * SNAPSHOT_LENGTHS);
+        self.full_at = self.full_at(self.pending.length);
         if self.number > 0 {
             self.others.push(self.number);
         }
@@ -415,6 +487,13 @@ impl Manifest {
             Some(file) => self.ask(Step::CloseOld, StorageOp::Close { file }, out),
             None => self.sweep(out),
         }
+    }
+
+    /// Bytes at which a file with such a snapshot is full; a longest commit still fits behind.
+    fn full_at(&self, snapshot_bytes: u64) -> u64 {
+        let most = FILE_BYTES_MAX - 4 * COMMIT_BYTES_MAX as u64;
+        let many = snapshot_bytes.saturating_mul(SNAPSHOT_LENGTHS);
+        self.bytes_max.max(many).min(most)
     }
 
     /// Removes the files that do not count, then goes on.
@@ -433,11 +512,52 @@ impl Manifest {
         self.write_at = self.pending.length;
         self.sequence = self.pending.sequence;
         self.previous = self.pending.hash;
+        self.is_proven = core::mem::take(&mut self.is_proving);
         let numbers: Vec<u64> = self.writing.drain(..).map(|(number, _)| number).collect();
         if !numbers.is_empty() {
             out.push(ManifestOutput::Durable(numbers));
         }
         self.advance(out);
+    }
+
+    fn ask_read(&mut self, file: FileId, offset: u64, len: usize, out: &mut Vec<ManifestOutput>) {
+        let buffer = IoBuffer::zeroed(len);
+        let op = StorageOp::Read {
+            file,
+            offset,
+            buffer,
+        };
+        self.ask(Step::Read, op, out);
+    }
+
+    /// Takes what was read of a file. One bad sector hides no copy that is elsewhere.
+    fn read_on(&mut self, result: Result<&IoBuffer, StorageError>, out: &mut Vec<ManifestOutput>) {
+        let Some(file) = self.file else { return };
+        match (&mut self.patchwork, result) {
+            (None, Ok(bytes)) => return self.read(bytes, &[], out),
+            (None, Err(error)) => {
+                tracing::error!(%error, "the manifest is read in pieces");
+                let len = self.found_bytes.max(SECTOR);
+                self.patchwork = Some(Patchwork::new(0, len));
+            }
+            (Some(patchwork), result) => {
+                if !patchwork.take(result.as_ref().ok().map(|bytes| &bytes[..])) {
+                    if let Err(error) = result {
+                        out.push(ManifestOutput::Failed(error.into()));
+                    }
+                    return;
+                }
+            }
+        }
+        let wanted = self.patchwork.as_ref().and_then(Patchwork::wanted);
+        match wanted {
+            Some((offset, len)) => self.ask_read(file, offset, len, out),
+            None => {
+                let patchwork = self.patchwork.take().map(Patchwork::finish);
+                let (bytes, unreadable) = patchwork.unwrap_or((IoBuffer::zeroed(0), Vec::new()));
+                self.read(&bytes, &unreadable, out);
+            }
+        }
     }
 
     /// Opens the newest file that was not looked at.
@@ -458,10 +578,10 @@ impl Manifest {
         }
     }
 
-    fn read(&mut self, bytes: &[u8], out: &mut Vec<ManifestOutput>) {
+    fn read(&mut self, bytes: &[u8], unreadable: &[u64], out: &mut Vec<ManifestOutput>) {
         let Some(file) = self.file else { return };
         let name = || manifest_file(self.number).to_string();
-        match Found::walk(bytes) {
+        match Found::walk(bytes, unreadable) {
             Walked::Whole(found) => {
                 self.others.retain(|other| *other != self.number);
                 for offset in &found.damaged {
@@ -508,7 +628,8 @@ impl Manifest {
 
     fn recovered(&mut self, found: Found, out: &mut Vec<ManifestOutput>) {
         self.write_at = found.bytes.len() as u64;
-        self.full_at = self.bytes_max.max(found.snapshot_bytes * SNAPSHOT_LENGTHS);
+        self.full_at = self.full_at(found.snapshot_bytes);
+        self.is_proven = found.is_proven;
         self.sequence = found.sequence;
         self.previous = found.hash;
         self.is_ready = true;
@@ -516,6 +637,41 @@ impl Manifest {
         out.push(ManifestOutput::Ready { is_new: false });
         self.advance(out);
     }
+}
+
+/// Bytes that edits take.
+fn bytes_of(edits: &[Edit]) -> usize {
+    let mut bytes = Vec::new();
+    edits
+        .iter()
+        .map(|edit| {
+            bytes.clear();
+            edit.encode_into(&mut bytes);
+            bytes.len()
+        })
+        .sum()
+}
+
+/// Says whether a commit would be so long that a snapshot must take it, in parts.
+fn is_long((_, edits): &(u64, Vec<Edit>)) -> bool {
+    bytes_of(edits) > COMMIT_BYTES_MAX / 2
+}
+
+/// Cuts the edits of a snapshot into parts, none of them too long; at least one.
+fn cut(state: &[Edit]) -> Vec<&[Edit]> {
+    let mut parts = Vec::new();
+    let (mut from, mut bytes) = (0, 0);
+    for (place, edit) in state.iter().enumerate() {
+        let more = bytes_of(core::slice::from_ref(edit));
+        let is_over = place - from >= SNAPSHOT_EDITS || bytes + more > COMMIT_BYTES;
+        if is_over && place > from {
+            parts.push(&state[from..place]);
+            (from, bytes) = (place, 0);
+        }
+        bytes += more;
+    }
+    parts.push(&state[from..]);
+    parts
 }
 
 fn damaged(file: String, offset: u64, damage: Damage) -> SeedError {

@@ -16,6 +16,9 @@
 //!   A file without that mark does not count; the one before it does, and is removed only after the
 //!   new file and its name are durable.
 //! * The chain goes on from file to file.
+//! * An idle commit follows the last real one within a second, so that damage of the real one is
+//!   not taken for a torn end.
+//! * No commit is written that a reader would refuse; what is longer is cut into parts.
 
 mod edit;
 mod field;
@@ -23,6 +26,7 @@ mod found;
 mod log;
 
 pub use edit::{BatchRecord, Edit, HistoryState, PointKind, PointRecord};
+pub(crate) use found::{Found, Walked};
 pub use log::{Manifest, ManifestOutput};
 
 use afterimage_blockdev::{FileName, IoBuffer};
@@ -42,8 +46,10 @@ const HASH_AT: usize = 96;
 const FLAG_SNAPSHOT: u16 = 1;
 const FLAG_SNAPSHOT_END: u16 = 2;
 const NAME: &str = "manifest commit";
-/// Longest commit.
+/// Longest commit, in bytes of its edits.
 const COMMIT_BYTES_MAX: usize = 64 << 20;
+/// Longest file; one that is longer is neither written nor read.
+pub(crate) const FILE_BYTES_MAX: u64 = 4 << 30;
 
 /// Name of a manifest file.
 #[must_use]
@@ -52,7 +58,9 @@ pub fn manifest_file(number: u32) -> FileName {
 }
 
 fn parse_manifest_file(name: &FileName) -> Option<u32> {
-    name.base().strip_suffix(".manifest")?.parse().ok()
+    let number = name.base().strip_suffix(".manifest")?.parse().ok()?;
+    // Two names never mean one file.
+    (manifest_file(number).base() == name.base()).then_some(number)
 }
 
 /// A commit of the manifest.
@@ -72,11 +80,19 @@ pub struct ManifestCommit {
 
 impl ManifestCommit {
     /// Lays the commit out; gives back its bytes and its hash.
-    #[must_use]
-    pub fn encode(&self) -> (IoBuffer, [u8; 32]) {
+    ///
+    /// # Errors
+    /// [`Damage`] when no reader would take it: a commit that is written is one that can be read.
+    pub fn encode(&self) -> Result<(IoBuffer, [u8; 32]), Damage> {
         let mut content = Vec::new();
         for edit in &self.edits {
             edit.encode_into(&mut content);
+        }
+        if content.len() > COMMIT_BYTES_MAX {
+            return Err(Damage::Field {
+                structure: NAME,
+                field: "length",
+            });
         }
         let flags = if self.is_snapshot { FLAG_SNAPSHOT } else { 0 }
             | if self.ends_snapshot {
@@ -101,16 +117,25 @@ impl ManifestCommit {
         bytes.extend_from_slice(&header);
         bytes.extend_from_slice(&content);
         bytes.pad_to(SECTOR);
-        (bytes, hash)
+        Ok((bytes, hash))
     }
 
     /// Lays the commit out twice, one copy behind the other; gives back both and its hash.
-    #[must_use]
-    pub fn encode_twice(&self) -> (IoBuffer, [u8; 32]) {
-        let (mut bytes, hash) = self.encode();
+    ///
+    /// # Errors
+    /// As [`ManifestCommit::encode`].
+    pub fn encode_twice(&self) -> Result<(IoBuffer, [u8; 32]), Damage> {
+        let (mut bytes, hash) = self.encode()?;
         let again = IoBuffer::copy_of(&bytes);
         bytes.extend_from_slice(&again);
-        (bytes, hash)
+        Ok((bytes, hash))
+    }
+
+    /// Says whether a manifest file can begin with the commit.
+    fn begins_file(&self) -> bool {
+        self.is_snapshot
+            && matches!(self.edits.first(), Some(Edit::Store { .. }))
+            && (self.sequence == 1) == (self.previous == [0; 32])
     }
 
     /// Reads the commit that `bytes` begin with; gives back its hash and its whole length.

@@ -15,11 +15,25 @@ use crate::segment::seed_file;
 /// Seed segments have this bit in their number; log segments do not.
 pub(crate) const SEED_BIT: u32 = 1 << 31;
 
+/// A segment's file: each time the segment is rewritten there is a new one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct SegmentFile {
+    pub(crate) segment: SegmentId,
+    /// 0 for the first one.
+    pub(crate) generation: u32,
+}
+
+impl SegmentFile {
+    pub(crate) fn is_seed(self) -> bool {
+        self.segment.0 & SEED_BIT != 0 || self.generation > 0
+    }
+}
+
 /// Which file.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum FileKey {
     /// A log or seed segment.
-    Segment(SegmentId),
+    Segment(SegmentFile),
     /// A run.
     Run(RunId),
 }
@@ -27,8 +41,8 @@ pub(crate) enum FileKey {
 impl FileKey {
     pub(crate) fn name(self) -> FileName {
         match self {
-            Self::Segment(segment) if segment.0 & SEED_BIT != 0 => seed_file(segment),
-            Self::Segment(segment) => afterimage_cache::segment::segment_file("log", segment),
+            Self::Segment(file) if file.is_seed() => seed_file(file.segment, file.generation),
+            Self::Segment(file) => afterimage_cache::segment::segment_file("log", file.segment),
             Self::Run(run) => run_file(run),
         }
     }
@@ -58,6 +72,15 @@ impl Drop for OpenFile {
 }
 
 impl Reader {
+    /// The file that a segment lies in now.
+    pub(crate) fn file_of(&self, segment: SegmentId) -> SegmentFile {
+        let generation = self.generations.read().get(&segment).copied();
+        SegmentFile {
+            segment,
+            generation: generation.unwrap_or(0),
+        }
+    }
+
     pub(crate) fn file(
         self: &Arc<Self>,
         key: FileKey,

@@ -11,7 +11,7 @@ use super::Reader;
 use super::files::FileKey;
 use crate::entry::{Entry, EntryKind, RangeEntry};
 use crate::error::SeedError;
-use crate::run::{PAGE_BYTES, RunId, decode_page, pages_for};
+use crate::run::{PAGE_BYTES, RunId, decode_page, place_of};
 use crate::section::{Section, Snapshot};
 
 /// Blocks of a region: 2 MiB.
@@ -135,8 +135,10 @@ struct PageRead {
     cap: Lsn,
     first_page: u32,
     count: u32,
-    /// Pages up to the copies, when these were not read yet.
-    copy_distance: Option<u32>,
+    /// Pages of the file.
+    file_pages: u32,
+    /// Not the pages are read, but their copies.
+    is_copy: bool,
 }
 
 struct Load {
@@ -197,37 +199,51 @@ impl Reader {
     }
 
     fn read_pages(self: &Arc<Self>, key: PageKey, read: PageRead, load: Arc<Load>) {
-        self.read_copy(key, read, 0, load);
-    }
-
-    /// Reads pages, or their copies so many pages behind.
-    fn read_copy(self: &Arc<Self>, key: PageKey, read: PageRead, distance: u32, load: Arc<Load>) {
         let reader = Arc::clone(self);
         self.file(FileKey::Run(read.run), move |file| match file {
             Ok(file) => {
-                // The header of the file takes one page.
-                let first = u64::from(read.first_page) + u64::from(distance) + 1;
+                let place = place_of(read.first_page, read.file_pages);
+                let offset = if read.is_copy {
+                    place.copy
+                } else {
+                    place.offset
+                };
                 let len = usize::try_from(read.count).unwrap_or(0) * PAGE_BYTES;
                 let again = Arc::clone(&reader);
-                reader.read_file(file, first * PAGE_BYTES as u64, len, move |bytes| {
+                reader.read_file(file, offset, len, move |bytes| {
                     let merged = bytes
                         .map_err(SeedError::from)
                         .and_then(|bytes| again.merge_pages(&read, &bytes, &load));
-                    match (merged, read.copy_distance) {
-                        (Err(error @ SeedError::Damaged { .. }), Some(distance)) => {
-                            tracing::error!(%error, "a map page is damaged; its copy is read");
-                            let read = PageRead {
-                                copy_distance: None,
-                                ..read
-                            };
-                            again.read_copy(key, read, distance, load);
+                    match merged {
+                        Err(error) if read.count > 1 => {
+                            tracing::error!(%error, "map pages are read one by one");
+                            again.read_apart(key, read, &load);
                         }
-                        (merged, _) => again.page_read(key, merged, &load),
+                        Err(error) if !read.is_copy => {
+                            tracing::error!(%error, "a map page is damaged; its copy is read");
+                            let is_copy = true;
+                            again.read_pages(key, PageRead { is_copy, ..read }, load);
+                        }
+                        merged => again.page_read(key, merged, &load),
                     }
                 });
             }
             Err(error) => reader.page_read(key, Err(error), &load),
         });
+    }
+
+    /// Reads pages on their own: one bad page hides no other, and no other's copy.
+    fn read_apart(self: &Arc<Self>, key: PageKey, read: PageRead, load: &Arc<Load>) {
+        let more = usize::try_from(read.count - 1).unwrap_or(0);
+        load.waiting.fetch_add(more, Ordering::AcqRel);
+        for place in 0..read.count {
+            let one = PageRead {
+                first_page: read.first_page + place,
+                count: 1,
+                ..read
+            };
+            self.read_pages(key, one, Arc::clone(load));
+        }
     }
 
     fn merge_pages(&self, read: &PageRead, bytes: &[u8], load: &Load) -> Result<(), SeedError> {
@@ -238,7 +254,7 @@ impl Reader {
             let entries = decode_page(bytes.get(at..).unwrap_or(&[]), read.run, number).map_err(
                 |damage| SeedError::Damaged {
                     file: FileKey::Run(read.run).name().to_string(),
-                    offset: (u64::from(number) + 1) * PAGE_BYTES as u64,
+                    offset: place_of(number, read.file_pages).offset,
                     damage,
                 },
             )?;
@@ -295,16 +311,15 @@ fn merge_memory(snapshot: &Snapshot, region: u64) -> (Builder, Vec<PageRead>) {
             let Section::File { run, table } = &**section else {
                 continue;
             };
-            let pages = pages_for(&table.fences, first, end);
-            if !pages.is_empty() {
-                let start = u32::try_from(pages.start).unwrap_or(u32::MAX);
+            for (first_page, count) in table.reads(first, end) {
                 reads.push(PageRead {
                     run: *run,
                     layer: number,
                     cap: layer.cap,
-                    first_page: table.first_page + start,
-                    count: u32::try_from(pages.len()).unwrap_or(0),
-                    copy_distance: Some(table.copy_distance),
+                    first_page,
+                    count,
+                    file_pages: table.file_pages,
+                    is_copy: false,
                 });
             }
         }

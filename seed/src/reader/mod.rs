@@ -13,6 +13,7 @@ mod slots;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use afterimage_blockdev::{
     IoBuffer, SegmentId, Storage, StorageCompleter, StorageCompletion, StorageError, StorageOp,
@@ -25,7 +26,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::SeedError;
 use cache::Cache;
 pub(crate) use files::SEED_BIT;
-use files::{FileKey, OpenFile};
+use files::{FileKey, OpenFile, SegmentFile};
 use map_page::{MapPage, PageKey};
 
 pub(crate) use map_page::{REGION_BLOCKS, Resolved};
@@ -59,13 +60,17 @@ pub struct Reader {
     keys: Arc<dyn KeySource>,
     openers: Mutex<Vec<Opener>>,
     files: Cache<FileKey, OpenFile>,
-    directories: Cache<SegmentId, Directory>,
+    directories: Cache<SegmentFile, Directory>,
     /// Directories of log segments that were begun since the start and are not sealed yet; they
     /// grow as commits become durable.
     live: RwLock<HashMap<SegmentId, Arc<RwLock<Directory>>>>,
+    /// Segments that were rewritten or destaged, and how often.
+    generations: RwLock<HashMap<SegmentId, u32>>,
+    /// Counts such moves.
+    moves: AtomicU64,
     pages: Cache<PageKey, MapPage>,
     /// Who waits for a directory that is being read.
-    loading: Mutex<HashMap<SegmentId, Vec<SlotsDone>>>,
+    loading: Mutex<HashMap<SegmentFile, Vec<SlotsDone>>>,
 }
 
 /// Takes a directory.
@@ -108,6 +113,8 @@ impl Reader {
             files: Cache::new(options.files_max, 1),
             directories: Cache::new(options.directory_bytes_max, 1),
             live: RwLock::new(HashMap::new()),
+            generations: RwLock::new(HashMap::new()),
+            moves: AtomicU64::new(0),
             pages: Cache::new(options.map_bytes_max, 8),
             loading: Mutex::new(HashMap::new()),
         })
@@ -124,16 +131,42 @@ impl Reader {
         // Readers may still look; the file's directory says the same as the live one, and more
         // than a walk over a damaged file.
         self.live.write().remove(&segment);
-        self.directories.forget(&segment);
+        let generation = 0;
+        let name = SegmentFile {
+            segment,
+            generation,
+        };
         // It was shortened, so an open file's length is wrong now.
-        self.files.forget(&FileKey::Segment(segment));
+        self.forget(name);
     }
 
-    /// A segment is gone.
+    /// A segment lies in another file now, under the same numbers.
+    pub fn moved(&self, segment: SegmentId, generation: u32) {
+        self.removed(segment);
+        self.generations.write().insert(segment, generation);
+        self.moves.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many segments were moved so far. A read that fails while this changes is tried again:
+    /// its file may be gone.
+    pub(crate) fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
+    }
+
+    /// A run is gone.
+    pub fn run_removed(&self, run: crate::run::RunId) {
+        self.files.forget(&FileKey::Run(run));
+    }
+
+    /// A segment's file is gone.
     pub fn removed(&self, segment: SegmentId) {
         self.live.write().remove(&segment);
-        self.directories.forget(&segment);
-        self.files.forget(&FileKey::Segment(segment));
+        self.forget(self.file_of(segment));
+    }
+
+    fn forget(&self, name: SegmentFile) {
+        self.directories.forget(&name);
+        self.files.forget(&FileKey::Segment(name));
     }
 
     pub(crate) fn submit(&self, op: StorageOp, done: StorageDone) {

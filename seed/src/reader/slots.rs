@@ -1,16 +1,17 @@
 //! Reading blocks: plan which slots are needed, read them in as few pieces as possible, verify each
 //! and hand out what it holds.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use afterimage_blockdev::{BLOCK_BYTES, BlockIndex, CELL_BYTES, CellIndex, IoBuffer, SegmentId};
 use afterimage_cache::{Codec, ContentTag, Damage, SlotContext, SlotView};
 use parking_lot::Mutex;
 
 use super::directory::Slots;
-use super::files::FileKey;
+use super::files::{FileKey, SegmentFile};
 use super::map_page::MapPage;
 use super::{REGION_BLOCKS, Reader, Resolved};
 use crate::entry::EntryKind;
@@ -23,6 +24,11 @@ const GAP_BYTES: u64 = 16 << 10;
 const PIECE_BYTES_MAX: u64 = 1 << 20;
 /// Alignment of reads.
 const SECTOR: u64 = 512;
+
+thread_local! {
+    /// Plain bytes of one slot, kept so that they need not be zeroed for each.
+    static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// Where the blocks of a read go.
 #[derive(Debug)]
@@ -52,7 +58,7 @@ pub type ReadDone = Box<dyn FnOnce(Result<Sink, ReadFailure>) + Send>;
 
 /// A slot that is needed, and where its blocks go.
 struct Want {
-    segment: u32,
+    file: SegmentFile,
     slot: u32,
     context: SlotContext,
     /// Index of a block within the slot, and of its place in the sink.
@@ -62,7 +68,7 @@ struct Want {
 
 /// One read of a segment's file.
 struct Piece {
-    segment: u32,
+    file: SegmentFile,
     offset: u64,
     end: u64,
     wants: Vec<Want>,
@@ -75,13 +81,15 @@ struct Job {
     count: usize,
     state: Mutex<State>,
     waiting: AtomicUsize,
+    /// Segments moved when the directories were asked for.
+    moves: AtomicU64,
 }
 
 struct State {
     sink: Option<Sink>,
     done: Option<ReadDone>,
     pages: Vec<Option<Arc<MapPage>>>,
-    directories: HashMap<u32, Slots>,
+    directories: HashMap<u32, (SegmentFile, Slots)>,
     failure: Option<ReadFailure>,
 }
 
@@ -111,6 +119,7 @@ impl Reader {
                 failure: None,
             }),
             waiting: AtomicUsize::new(regions),
+            moves: AtomicU64::new(0),
         });
         for place in 0..regions {
             let job = Arc::clone(&job);
@@ -144,7 +153,26 @@ impl Job {
         }
     }
 
-    fn finish(&self) {
+    /// Says whether to read again: a segment was moved meanwhile, so that the directory of one file
+    /// may have been used with another. What was read was not as it should be, so nothing wrong
+    /// was handed out.
+    fn must_retry(&self) -> bool {
+        let moves = self.reader.moves();
+        let mut state = self.state.lock();
+        let is_moved = self.moves.swap(moves, Ordering::AcqRel) != moves;
+        let can_retry =
+            is_moved && state.failure.is_some() && state.pages.iter().all(Option::is_some);
+        if can_retry {
+            state.failure = None;
+            state.directories.clear();
+        }
+        can_retry
+    }
+
+    fn finish(self: &Arc<Self>) {
+        if self.must_retry() {
+            return self.load_directories();
+        }
         let (done, result) = {
             let mut state = self.state.lock();
             let sink = state.sink.take();
@@ -172,6 +200,7 @@ impl Job {
     }
 
     fn load_directories(self: &Arc<Self>) {
+        self.moves.store(self.reader.moves(), Ordering::Release);
         let mut segments: Vec<u32> = Vec::new();
         {
             let state = self.state.lock();
@@ -187,10 +216,11 @@ impl Job {
         self.waiting.store(segments.len() + 1, Ordering::Release);
         for segment in segments {
             let job = Arc::clone(self);
-            self.reader.slots(SegmentId(segment), move |slots| {
+            let file = self.reader.file_of(SegmentId(segment));
+            self.reader.slots(file, move |slots| {
                 match slots {
                     Ok(slots) => {
-                        job.state.lock().directories.insert(segment, slots);
+                        job.state.lock().directories.insert(segment, (file, slots));
                     }
                     Err(error) => job.fail(job.first, error),
                 }
@@ -216,26 +246,33 @@ impl Job {
                 continue;
             }
             if let Some(want) = wants.last_mut().filter(|want| {
-                want.segment == resolved.segment
+                want.file.segment.0 == resolved.segment
                     && want.slot == resolved.slot
                     && want.context.cell == block.cell()
             }) {
                 want.blocks.push((resolved.block, place));
                 continue;
             }
-            let found = state
-                .directories
-                .get(&resolved.segment)
-                .and_then(|slots| slots.place(resolved.slot));
-            match found {
-                Some(at) => wants.push(self.want(&resolved, block.cell(), place, at)),
+            let found = state.directories.get(&resolved.segment);
+            let file = found.map_or_else(
+                || self.reader.file_of(SegmentId(resolved.segment)),
+                |(file, _)| *file,
+            );
+            match found.and_then(|(_, slots)| slots.place(resolved.slot)) {
+                Some(at) => {
+                    let context = self.context(&resolved, block.cell());
+                    wants.push(Want {
+                        file,
+                        slot: resolved.slot,
+                        context,
+                        blocks: vec![(resolved.block, place)],
+                        place: at,
+                    });
+                }
                 None => {
-                    let file = FileKey::Segment(SegmentId(resolved.segment))
-                        .name()
-                        .to_string();
                     let damage = Damage::Short { structure: "slot" };
                     let error = SeedError::Damaged {
-                        file,
+                        file: FileKey::Segment(file).name().to_string(),
                         offset: 0,
                         damage,
                     };
@@ -246,18 +283,10 @@ impl Job {
         wants
     }
 
-    fn want(&self, resolved: &Resolved, cell: CellIndex, place: usize, at: (u64, u64)) -> Want {
+    fn context(&self, resolved: &Resolved, cell: CellIndex) -> SlotContext {
         let layer = &self.snapshot.layers[usize::from(resolved.layer) - 1];
         // The mask is taken from the slot when it is read; its hash vouches for it.
-        let context =
-            SlotContext::uniform(self.snapshot.disk, layer.history, cell, 15, resolved.lsn);
-        Want {
-            segment: resolved.segment,
-            slot: resolved.slot,
-            context,
-            blocks: vec![(resolved.block, place)],
-            place: at,
-        }
+        SlotContext::uniform(self.snapshot.disk, layer.history, cell, 15, resolved.lsn)
     }
 
     /// Says why a block must not be shown, if so.
@@ -299,13 +328,13 @@ impl Job {
         for piece in pieces {
             let job = Arc::clone(self);
             let reader = Arc::clone(&self.reader);
-            self.reader.file(
-                FileKey::Segment(SegmentId(piece.segment)),
-                move |file| match file {
+            self.reader
+                .file(FileKey::Segment(piece.file), move |file| match file {
                     Ok(file) => {
                         let (offset, len) = (piece.offset, piece.end - piece.offset);
                         let len = usize::try_from(len).unwrap_or(0);
-                        reader.read_file(file, offset, len, move |bytes| {
+                        // It reaches beyond its slots, so a bad sector may be no part of them.
+                        reader.read_patched(file, offset, len, move |bytes| {
                             match bytes {
                                 Ok(bytes) => job.deliver(&piece, &bytes),
                                 Err(error) => job.fail(job.first, error.into()),
@@ -317,14 +346,14 @@ impl Job {
                         job.fail(job.first, error);
                         job.step(|job| job.finish());
                     }
-                },
-            );
+                });
         }
     }
 
     fn deliver(&self, piece: &Piece, bytes: &[u8]) {
         let mut opener = self.reader.opener();
-        let mut scratch = [0; CELL_BYTES];
+        let mut scratch = SCRATCH.take();
+        scratch.resize(CELL_BYTES, 0);
         for want in &piece.wants {
             let at = usize::try_from(want.place.0 - piece.offset).unwrap_or(usize::MAX);
             let slot = SlotView::parse(bytes.get(at..).unwrap_or(&[]));
@@ -344,9 +373,8 @@ impl Job {
                 Ok(())
             });
             if let Err(damage) = result {
-                let file = FileKey::Segment(SegmentId(want.segment)).name().to_string();
                 let error = SeedError::Damaged {
-                    file,
+                    file: FileKey::Segment(want.file).name().to_string(),
                     offset: want.place.0,
                     damage,
                 };
@@ -355,6 +383,7 @@ impl Job {
             }
         }
         self.reader.give_back(opener);
+        SCRATCH.set(scratch);
     }
 }
 
@@ -412,14 +441,14 @@ fn put_block(
 
 /// Joins slots that lie near each other into pieces.
 fn gather(mut wants: Vec<Want>) -> Vec<Piece> {
-    wants.sort_by_key(|want| (want.segment, want.place.0));
+    wants.sort_by_key(|want| (want.file.segment, want.place.0));
     let mut pieces: Vec<Piece> = Vec::new();
     for want in wants {
         let (start, end) = want.place;
         let offset = start / SECTOR * SECTOR;
         let end = end.next_multiple_of(SECTOR);
         if let Some(piece) = pieces.last_mut().filter(|piece| {
-            piece.segment == want.segment
+            piece.file == want.file
                 && offset <= piece.end + GAP_BYTES
                 && end - piece.offset <= PIECE_BYTES_MAX
         }) {
@@ -427,7 +456,7 @@ fn gather(mut wants: Vec<Want>) -> Vec<Piece> {
             piece.wants.push(want);
         } else {
             pieces.push(Piece {
-                segment: want.segment,
+                file: want.file,
                 offset,
                 end,
                 wants: vec![want],

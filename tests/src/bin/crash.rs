@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
+use afterimage_tests::report::Report;
 use afterimage_tests::{crash_log, crash_store, flip_log};
 
 const USAGE: &str =
@@ -22,30 +23,17 @@ fn run(arguments: &[String]) -> Result<(), String> {
     let seed = number(arguments, "--seed", 1)?;
     let count = number(arguments, "--count", 2000)?;
     let begun = Instant::now();
-    let (report, wanted) = match arguments.first().map(String::as_str) {
-        Some("log") => (
-            crash_log::crash_campaign(seed, count),
-            crash_log::MUST_OCCUR,
-        ),
-        Some("store") => (
-            crash_store::crash_campaign(seed, count),
-            crash_store::MUST_OCCUR,
-        ),
-        Some("store-fault") => (
-            crash_store::fault_campaign(seed, count),
-            crash_store::FAULT_MUST_OCCUR,
-        ),
-        Some("store-flip") => (
-            crash_store::flip_campaign(seed, count),
-            crash_store::FLIP_MUST_OCCUR,
-        ),
-        Some("flip") => (flip_log::flip_campaign(seed, count), flip_log::MUST_OCCUR),
-        Some("smash") => (
-            flip_log::smash_campaign(seed, count),
-            flip_log::SMASH_MUST_OCCUR,
-        ),
-        _ => return Err(USAGE.to_owned()),
-    };
+    let (campaign, wanted): (fn(u64, u64) -> Report, _) =
+        match arguments.first().map(String::as_str) {
+            Some("log") => (crash_log::crash_campaign, crash_log::MUST_OCCUR),
+            Some("store") => (crash_store::crash_campaign, crash_store::MUST_OCCUR),
+            Some("store-fault") => (crash_store::fault_campaign, crash_store::FAULT_MUST_OCCUR),
+            Some("store-flip") => (crash_store::flip_campaign, crash_store::FLIP_MUST_OCCUR),
+            Some("flip") => (flip_log::flip_campaign, flip_log::MUST_OCCUR),
+            Some("smash") => (flip_log::smash_campaign, flip_log::SMASH_MUST_OCCUR),
+            _ => return Err(USAGE.to_owned()),
+        };
+    let report = Report::of(|| campaign(seed, count));
     let seconds = begun.elapsed().as_secs_f64();
     #[allow(clippy::cast_precision_loss)]
     let rate = report.images as f64 / seconds.max(0.001);

@@ -19,7 +19,7 @@ use crate::store_rig::{StoreRig, small_store};
 /// Directories of a store.
 const DIRECTORIES: [&str; 4] = ["log", "manifest", "runs", "segments"];
 /// The seed of the image; its store has all that a store can have.
-const SEED: u64 = 83;
+const SEED: u64 = 216;
 
 fn quiet() -> SimulatedOptions {
     SimulatedOptions {
@@ -36,6 +36,7 @@ fn quiet() -> SimulatedOptions {
 pub fn make_store(seed: u64) -> (Arc<SimulatedStorage>, String) {
     let mut campaign = Campaign::new(seed);
     campaign.options.flush_entries = 40;
+    campaign.options.reserve_file_bytes = 0;
     let storage = SimulatedStorage::new(seed, quiet());
     let mut rig = StoreRig::new(&storage, &campaign.clock, campaign.options.clone(), seed);
     assert!(rig.run_until(|rig| rig.is_ready));

@@ -9,7 +9,8 @@
 //! * a history's durable LSN is no lower than what was acknowledged, and ends a frame;
 //! * the image of a disk at every LSN up to there is what the records up to there make; inside a
 //!   batch the state before its begin is shown, and without a whole first copy nothing is;
-//! * acknowledged points have their cut, deleted ones stay deleted, and there are no others;
+//! * acknowledged points have their cut, deleted ones stay deleted, and there are no others; what
+//!   holds of locks, policies and journal windows is said in `retain.rs`;
 //! * acknowledged bulk frames are there, and a bulk frame is there whole or not at all;
 //! * a branch holds everything up to its last completed flush, and nothing that was not written.
 
@@ -18,6 +19,7 @@ mod check;
 mod fault;
 mod flip;
 pub mod golden;
+mod retain;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -28,7 +30,7 @@ use std::time::Duration;
 use afterimage_blockdev::simulated::{
     CompletionOrder, SimulatedClock, SimulatedOptions, SimulatedStorage,
 };
-use afterimage_blockdev::{DiskId, HistoryId, Lsn, MachineId, Random};
+use afterimage_blockdev::{DiskId, HistoryId, Lsn, MachineId, Monotonic, Random, Timestamp};
 use afterimage_seed::RequestId;
 use afterimage_seed::engine::EngineOptions;
 
@@ -79,7 +81,32 @@ pub const MUST_OCCUR: &[&str] = &[
     "branch-dropped",
     "branch-tail-dropped",
     "several-layers",
+    "runs-merged",
+    "entry-left-out",
+    "collected",
+    "segment-destaged",
+    "segment-rewritten",
+    "segment-dropped",
+    "cut-in-segment-recovery",
     "image-compared",
+    "point-locked",
+    "locked-by-policy",
+    "lock-recovered",
+    "lock-expired",
+    "locked-deletion-refused",
+    "shorter-lock-refused",
+    "points-dropped-at-once",
+    "policy-set",
+    "stale-policy-refused",
+    "thinned",
+    "thinning-undecided",
+    "thinning-frozen",
+    "clock-jumped-forward",
+    "clock-jumped-back",
+    "clock-frozen",
+    "clock-confirmed",
+    "floor-raised",
+    "below-window-refused",
 ];
 
 /// Seeds that once found something, and what it was.
@@ -129,9 +156,27 @@ pub fn crash_seed(seed: u64) -> Report {
 /// What an answer is waited for.
 #[derive(Clone)]
 enum Waiting {
-    Point { machine: MachineId, name: String },
-    PointDropped { machine: MachineId, name: String },
-    Fork { machine: usize },
+    Point {
+        machine: MachineId,
+        name: String,
+    },
+    PointsDropped {
+        keys: Vec<retain::Key>,
+        is_locked: bool,
+    },
+    Locked {
+        keys: Vec<retain::Key>,
+        end: (Timestamp, Monotonic),
+        shortens: bool,
+    },
+    Policy {
+        machine: MachineId,
+        is_stale: bool,
+    },
+    Confirmed,
+    Fork {
+        machine: usize,
+    },
     Dropped(HistoryId),
 }
 
@@ -147,6 +192,8 @@ struct Known {
     opened: Vec<HistoryId>,
     /// Disks whose existence was acknowledged.
     declared: BTreeSet<DiskId>,
+    /// Locks, policies and floors.
+    kept: retain::Kept,
 }
 
 struct Campaign {
@@ -167,9 +214,12 @@ impl Campaign {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let mut options = small_store();
+        options.retention_interval = retain::INTERVAL;
         options.flush_entries = [8, 40, 200][random.index(3)];
         options.bulk_segment_bytes = [32 << 10, 96 << 10][random.index(2)];
         options.manifest_bytes = [16 << 10, 64 << 10, 1 << 20][random.index(3)];
+        options.reserve_file_bytes = [0, 8 << 10][random.index(2)];
+        options.cache_bytes = [u64::MAX, 512 << 10, 0][random.index(3)];
         options.time_grain = Duration::from_millis([1, 100, 1000][random.index(3)]);
         let machines = 1 + random.index(2);
         let writers = (0..machines)

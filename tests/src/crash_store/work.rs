@@ -8,6 +8,7 @@ use afterimage_seed::reference::At;
 use afterimage_seed::{Event, Input, Request, Response};
 
 use super::branch::BranchRun;
+use super::retain::is_of_window;
 use super::{Campaign, Waiting};
 use crate::store_model::{History, Point, content};
 use crate::store_rig::StoreRig;
@@ -51,12 +52,12 @@ impl Campaign {
     /// Does one thing; false when the medium has stopped.
     fn work_step(&mut self, rig: &mut StoreRig) -> bool {
         let machine = self.random.index(self.writers.len());
-        match self.random.below(32) {
+        match self.random.below(38) {
             0..=12 => self.append(rig, machine),
             13..=16 => self.bulk(rig, machine),
             17 | 18 => self.batch(rig, machine),
             19 | 20 => self.create_point(rig, machine),
-            21 => self.drop_point(rig),
+            21 => self.drop_points(rig),
             22 => self.fork(rig, machine),
             23..=25 => self.use_branch(rig),
             26 => self.drop_branch(rig),
@@ -67,6 +68,14 @@ impl Campaign {
             28 => self.look(rig, machine),
             29 if self.random.chance(0.3) => return self.reopen(rig, machine),
             30 if self.random.chance(0.3) => return self.begin_history(rig, machine),
+            31 => {
+                // Its end is an event.
+                let _id = rig.request(Request::Collect);
+            }
+            32 | 33 => self.lock_points(rig),
+            34 => self.set_policy(rig),
+            35 | 36 => self.retain(rig),
+            37 => self.drop_points(rig),
             _ => self.append(rig, machine),
         }
         true
@@ -91,6 +100,7 @@ impl Campaign {
         };
         let opened = match answer {
             Ok(Response::Stream(opened)) => opened,
+            Err(error) if is_of_window(&error) => return self.fork_again(rig, machine),
             other => panic!("seed {}: {other:?} for an open stream", self.seed),
         };
         self.hear(rig);
@@ -208,6 +218,7 @@ impl Campaign {
             is_dropping: false,
         };
         self.known.points.insert((id, name.clone()), point);
+        self.point_asked(rig, &(id, name.clone()));
         let machine = self.writers[machine].name.clone();
         let request = rig.request(Request::CreatePoint {
             machine,
@@ -216,34 +227,6 @@ impl Campaign {
         });
         self.waiting
             .insert(request, Waiting::Point { machine: id, name });
-    }
-
-    fn drop_point(&mut self, rig: &mut StoreRig) {
-        let can_drop = |point: &Point| point.is_acknowledged && !point.is_dropping;
-        let points: Vec<_> = self
-            .known
-            .points
-            .iter()
-            .filter(|(_, point)| can_drop(point))
-            .map(|(key, _)| key.clone())
-            .collect();
-        let place = self.random.index(points.len());
-        let Some((id, name)) = points.into_iter().nth(place) else {
-            return;
-        };
-        let point = self
-            .known
-            .points
-            .get_mut(&(id, name.clone()))
-            .expect("a known point");
-        point.is_dropping = true;
-        let machine = self.name_of(id).to_owned();
-        let request = rig.request(Request::DeletePoint {
-            machine,
-            name: name.clone(),
-        });
-        self.waiting
-            .insert(request, Waiting::PointDropped { machine: id, name });
     }
 
     fn fork(&mut self, rig: &mut StoreRig, machine: usize) {
@@ -374,14 +357,41 @@ impl Campaign {
         self.report.count("epoch-begun");
     }
 
+    /// The history that a machine began was lost with a crash, and its parent is not kept any more
+    /// as far back as its fork.
+    fn fork_again(&mut self, rig: &mut StoreRig, machine: usize) -> bool {
+        let history = self.writers[machine].history;
+        let (parent, fork) = self.writers[machine].parent.expect("a fork was refused");
+        assert!(!self.known.opened.contains(&history), "seed {}", self.seed);
+        assert!(
+            self.is_below_window(rig, parent, fork),
+            "seed {}",
+            self.seed
+        );
+        self.known.model.histories.remove(&history);
+        self.report.count("history-refused");
+        self.rescue(rig, machine, parent)
+    }
+
     /// The machine goes on in a history of its own.
     fn begin_history(&mut self, rig: &mut StoreRig, machine: usize) -> bool {
         if !self.wait_for_bulk(rig, machine) {
             return false;
         }
-        let parent = self.writers[machine].history;
+        self.rescue(rig, machine, self.writers[machine].history)
+    }
+
+    fn rescue(&mut self, rig: &mut StoreRig, machine: usize, parent: HistoryId) -> bool {
         let durable = self.known.model.histories[&parent].acknowledged;
-        let fork = Lsn(self.random.below(durable.0 + 1));
+        // What was not acknowledged when the floor was asked for cannot be forked off.
+        rig.run();
+        self.hear(rig);
+        let Some(Ok(Response::Info(info))) = rig.ask(Request::Info) else {
+            return false;
+        };
+        self.check_floors(&info);
+        let floor = self.floor_of(parent).min(durable);
+        let fork = Lsn(floor.0 + self.random.below(durable.0 - floor.0 + 1));
         let writer = &mut self.writers[machine];
         writer.rescue(parent, fork, &mut self.known.model);
         for disk in &mut writer.disks {
@@ -474,6 +484,21 @@ impl Campaign {
             }
             Event::Paused { .. } => self.report.count("paused"),
             Event::Resumed => self.report.count("resumed"),
+            Event::Merged { left_out, .. } => {
+                self.report.count("runs-merged");
+                self.report.add("entry-left-out", left_out);
+            }
+            Event::ClockFrozen { .. } => self.report.count("clock-frozen"),
+            Event::Thinned { points } => self.thinned(points),
+            Event::WindowShortened { .. } => self.report.count("window-shortened"),
+            Event::PointsYielded { .. } => self.report.count("points-yielded"),
+            Event::MergeGivenUp { .. } => self.report.count("merge-given-up"),
+            Event::Collected(done) => {
+                self.report.count("collected");
+                self.report.add("segment-destaged", done.destaged);
+                self.report.add("segment-rewritten", done.rewritten);
+                self.report.add("segment-dropped", done.dropped);
+            }
         }
     }
 
@@ -484,9 +509,17 @@ impl Campaign {
         answer: Result<Response, afterimage_seed::SeedError>,
     ) {
         let seed = self.seed;
+        let Some((waiting, answer)) = self.retention_answered(waiting, answer) else {
+            return;
+        };
         match (waiting, answer) {
+            (Waiting::Point { machine, name }, Err(error)) if is_of_window(&error) => {
+                self.known.points.remove(&(machine, name));
+                self.report.count("point-below-window-refused");
+            }
             (Waiting::Point { machine, name }, Ok(Response::Point(record))) => {
                 assert_eq!(record.name, name, "seed {seed}");
+                self.point_made(&(machine, name.clone()), &record);
                 let point = self
                     .known
                     .points
@@ -499,10 +532,6 @@ impl Campaign {
                 );
                 point.is_acknowledged = true;
                 self.report.count("point-acknowledged");
-            }
-            (Waiting::PointDropped { machine, name }, Ok(_)) => {
-                self.known.points.remove(&(machine, name));
-                self.report.count("point-dropped");
             }
             (Waiting::Fork { machine }, Ok(Response::Branch(branch))) => {
                 self.forked(rig, machine, &branch);
@@ -522,7 +551,8 @@ impl Campaign {
             (Waiting::Fork { .. }, Err(error)) => {
                 let is_incomplete = matches!(error, afterimage_seed::SeedError::Incomplete { .. });
                 let is_gone = error.to_string().contains("has no history");
-                assert!(is_incomplete || is_gone, "seed {seed}: {error}");
+                let is_allowed = is_incomplete || is_gone || is_of_window(&error);
+                assert!(is_allowed, "seed {seed}: {error}");
             }
             (_, other) => panic!("seed {seed}: {other:?}"),
         }

@@ -125,6 +125,10 @@ pub fn sweep(root: &Path) {
     for place in mounts_below(root) {
         quiet("umount", &[&place.display().to_string()]);
     }
+    // First, since a file is no longer found below the root once its mount is out of sight.
+    for device in loops_below(root) {
+        quiet("losetup", &["-d", &device.display().to_string()]);
+    }
     for place in mounts_below(root) {
         quiet("umount", &["-l", &place.display().to_string()]);
     }

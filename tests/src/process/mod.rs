@@ -4,6 +4,7 @@
 pub mod api;
 pub mod compare;
 pub mod daemon;
+pub mod damage;
 pub mod guards;
 pub mod programs;
 pub mod proxy;

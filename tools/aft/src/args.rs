@@ -5,6 +5,10 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
+use crate::offline_args::StoreCommand;
+use crate::policy_args::{LockEnd, PointSelection, PolicyCommand};
+use crate::seed_args::SeedCommand;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -94,6 +98,9 @@ pub enum Command {
     /// Recovery points
     #[command(subcommand)]
     Point(PointCommand),
+    /// How long points and writes are kept
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Show a disk as it was: as a mounted file system, or as a block device
     Mount(MountArgs),
     /// End a mount
@@ -109,6 +116,12 @@ pub enum Command {
     /// The log and store of the appliance
     #[command(subcommand)]
     Log(LogCommand),
+    /// The store as a whole
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Bulk import and export of disks
+    #[command(subcommand)]
+    Seed(SeedCommand),
     /// Tokens with which agents enrol
     #[command(subcommand)]
     Token(TokenCommand),
@@ -179,6 +192,11 @@ pub enum DiskCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Let a disk follow its source, which has grown, at once
+    Grow {
+        /// Name of the disk
+        name: String,
+    },
     /// Take the tap away
     Detach {
         /// Name of the disk
@@ -225,12 +243,16 @@ pub enum PointCommand {
         #[arg(long, value_name = "COUNT")]
         limit: Option<usize>,
     },
-    /// Delete a point
-    Delete {
-        /// Name or identity of the machine
-        machine: String,
-        /// Name of the point
-        name: String,
+    /// Delete points: all that are named, or none
+    Delete(PointSelection),
+    /// Lock points, so that nobody can delete them before; locks can only be lengthened
+    Lock {
+        /// Which
+        #[command(flatten)]
+        selection: PointSelection,
+        /// Until when
+        #[command(flatten)]
+        end: LockEnd,
     },
 }
 
@@ -286,7 +308,7 @@ pub enum CertCommand {
 }
 
 /// Reads a time span such as `90s`, `15m`, `2h` or `7d`, as seconds.
-fn parse_seconds(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<u64, String> {
     let wrong = || "write it like 90s, 15m, 2h or 7d".to_owned();
     let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
     let (number, unit) = text.split_at(unit_at);

@@ -1,6 +1,7 @@
 //! `aft`: what a person or a script says to the appliance and to the agent of this machine.
 //!
-//! * [`args`]: the command line. [`commands`]: one file for each noun.
+//! * [`args`], [`seed_args`]: the command line. [`commands`]: one file for each noun.
+//! * [`offline`], [`offline_args`]: tools for a store whose daemon is stopped.
 //! * [`client`]: a request over a local socket or TLS.
 //! * [`output`]: tables for people, JSON for scripts, and nothing in between.
 
@@ -8,7 +9,11 @@ pub mod args;
 pub mod client;
 pub mod commands;
 pub mod error;
+pub mod offline;
+pub mod offline_args;
 pub mod output;
+pub mod policy_args;
+pub mod seed_args;
 
 use std::process::ExitCode;
 

@@ -32,6 +32,18 @@ impl Output {
         }
     }
 
+    /// Gives one of many answers: a line of JSON to scripts, `text` to people.
+    pub fn line<T: Serialize>(&self, value: &T, text: &str) {
+        if self.is_json {
+            match serde_json::to_string(value) {
+                Ok(json) => print(&json),
+                Err(error) => eprintln!("aft: the answer is no JSON: {error}"),
+            }
+        } else {
+            print(text);
+        }
+    }
+
     /// Gives bytes as they are, a script or a manual page for instance.
     pub fn raw(&self, bytes: &[u8]) {
         // Whoever reads may have had enough.

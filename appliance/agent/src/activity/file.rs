@@ -51,6 +51,8 @@ const BITS_AT: usize = 64;
 const BITS_BYTES: usize = 4000;
 const MAP_HASH_AT: usize = BITS_AT + BITS_BYTES;
 const HEADER_HASH_AT: usize = 64;
+/// No agent ever writes a block so often; below it there is room to count on.
+const GENERATION_MAX: u64 = 1 << 62;
 /// Regions in one bitmap block.
 pub(super) const BLOCK_REGIONS: usize = BITS_BYTES * 8;
 
@@ -221,7 +223,8 @@ impl ActivityFile {
                 && array(&bytes, 16).map(DiskId) == Some(self.disk)
                 && get_u32(&bytes, 32).map(|index| index as usize) == Some(block)
                 && hash(&bytes[..MAP_HASH_AT]) == bytes[MAP_HASH_AT..];
-            let generation = get_u64(&bytes, 8).unwrap_or_default();
+            let generation = get_u64(&bytes, 8).unwrap_or(u64::MAX);
+            let is_whole = is_whole && generation < GENERATION_MAX;
             if is_whole && best.as_ref().is_none_or(|(best, ..)| generation > *best) {
                 best = Some((generation, is_b, bytes));
             }

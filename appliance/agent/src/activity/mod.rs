@@ -194,6 +194,29 @@ impl Activity {
         self.is_broken.load(Ordering::Relaxed)
     }
 
+    /// Makes regions for a disk that grows, before anything is written to the new space.
+    pub fn grow(&self, disk_bytes: u64) {
+        let mut file = self.file.lock();
+        let (bits, region_bytes) = {
+            let mut regions = self.regions.lock();
+            if !regions.grow(disk_bytes) {
+                return;
+            }
+            (regions.bits(), regions.region_bytes())
+        };
+        let count = bits.len() * 8;
+        if count <= file.regions_max() {
+            return;
+        }
+        match ActivityFile::create(&self.path, self.disk, region_bytes, count, &bits) {
+            Ok(new) => *file = new,
+            Err(error) => {
+                tracing::error!(disk = %self.disk, %error, "the activity log cannot be written");
+                self.is_broken.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Makes all wanted marks and unmarks durable and lets the waiting writes go.
     pub(crate) fn commit(&self) {
         // The file is held from before the bits are taken, so that older bits never follow newer.

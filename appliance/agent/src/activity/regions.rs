@@ -103,6 +103,30 @@ impl Regions {
         }
     }
 
+    /// Adds regions up to a disk's new end; says whether there are more now.
+    pub(super) fn grow(&mut self, disk_bytes: u64) -> bool {
+        let count = disk_bytes.div_ceil(self.region_bytes);
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        if count <= self.regions.len() {
+            return false;
+        }
+        let region = Region {
+            mark: Mark::Clean,
+            tainted: 0,
+            writers: 0,
+            last_lsn: Lsn::ZERO,
+            touched: 0,
+        };
+        self.regions.resize(count, region);
+        let blocks = count.div_ceil(BLOCK_REGIONS);
+        self.changed_blocks.resize(blocks, false);
+        true
+    }
+
+    pub(super) fn region_bytes(&self) -> u64 {
+        self.region_bytes
+    }
+
     fn places(&self, range: &Range<u64>) -> Range<usize> {
         let last = self.regions.len() - 1;
         let place = |offset: u64| {

@@ -282,3 +282,44 @@ fn a_broken_file_is_told_and_made_anew() {
     assert!(!activity.is_broken());
     assert_eq!(rig.open(false).1.marked, 2);
 }
+
+/// Regions of the new space are marked for themselves, however many there are, and a restart finds
+/// them: a mark of the old last region would stand for writes that it does not cover then.
+#[test]
+fn a_disk_that_grows_has_regions_for_its_new_space() {
+    let mut rig = Rig::new(64 * MIB);
+    let (activity, _) = rig.open(true);
+    for size in [96 * MIB, 40_000 * MIB] {
+        activity.grow(size);
+        rig.size = size;
+        let last = size - MIB / 2..size - MIB / 4;
+        assert!(!activity.begin(last.clone(), &count()));
+        activity.commit();
+        activity.end(last, None);
+        let (again, opened) = rig.open(false);
+        let marked = again.tainted(size);
+        assert_eq!(marked.last(), Some(&(size - MIB..size)), "{opened:?}");
+        assert!(opened.marked <= 2, "{opened:?}");
+    }
+    assert_eq!(activity.marked_bytes(), 2 * MIB);
+    activity.grow(MIB);
+    assert_eq!(activity.marked_bytes(), 2 * MIB, "nothing ever shrinks");
+}
+
+/// A forged generation with no room to count on ended the agent at its next mark.
+#[test]
+fn a_generation_that_nobody_reaches_is_damage() {
+    let rig = Rig::new(64 * MIB);
+    drop(rig.open(true));
+    let mut bytes = std::fs::read(rig.path()).unwrap();
+    for block in bytes.chunks_mut(4096).skip(1) {
+        block[8..16].fill(0xff);
+        let hash = *blake3::hash(&block[..4064]).as_bytes();
+        block[4064..].copy_from_slice(&hash);
+    }
+    std::fs::write(rig.path(), bytes).unwrap();
+    let (activity, opened) = rig.open(false);
+    assert_eq!(opened.marked, 64, "{opened:?}");
+    activity.taint_new(&(0..4096));
+    activity.commit();
+}

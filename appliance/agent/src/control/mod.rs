@@ -86,6 +86,7 @@ pub fn router(machine: Arc<Machine>) -> Router {
         .route("/v1/disks/{name}", get(show))
         .route("/v1/disks/{name}/protect", post(protect))
         .route("/v1/disks/{name}/detach", post(detach))
+        .route("/v1/disks/{name}/grow", post(grow))
         .with_state(machine)
 }
 
@@ -128,6 +129,10 @@ async fn protect(State(machine): Shared, UrlPath(name): UrlPath<String>, body: B
 
 async fn detach(State(machine): Shared, UrlPath(name): UrlPath<String>) -> Response {
     blocking(move || machine.detach(&name).map(|()| serde_json::json!({}))).await
+}
+
+async fn grow(State(machine): Shared, UrlPath(name): UrlPath<String>) -> Response {
+    blocking(move || machine.grow(&name).map(|disk| machine.show(&disk))).await
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {

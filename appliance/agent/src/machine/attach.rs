@@ -80,14 +80,15 @@ impl Machine {
             logical_block_bytes: geometry.logical_block_bytes,
             is_attached: true,
             is_protected: false,
-            is_copied: known.is_some_and(|known| known.is_copied),
+            is_copied: known.as_ref().is_some_and(|known| known.is_copied),
+            shrunk_bytes: known.and_then(|known| known.shrunk_bytes),
         };
         let disk = Arc::new(Disk {
             id: saved.disk,
             saved: Mutex::new(saved),
             state: Mutex::new(DiskState::default()),
             tap: Some(Tap::new(opened.device)),
-            _lock: opened.lock,
+            file: Some(opened.file),
         });
         self.expose(&disk)?;
         self.disks.lock().push(Arc::clone(&disk));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
-use afterimage_blockdev::{BlockDevice, DiskId};
+use afterimage_blockdev::{BlockDevice, DiskId, Lsn};
 use afterimage_export::LoopDevice;
 use afterimage_protocol::message::{DiskDescription, DiskPhase, DiskReport};
 use afterimage_protocol::rest::agent::TappedDisk;
@@ -58,6 +58,38 @@ pub struct DiskState {
     pub device: Option<LoopDevice>,
     /// An old device of a dead agent that is still in use.
     pub stale_device: String,
+    /// What is wrong with the source; empty when all is well.
+    pub trouble: String,
+    /// The size that the disk gets with the next batch, since the new space may hold data.
+    pub wants_bytes: Option<u64>,
+    /// A growth that was recorded and not yet saved.
+    pub(super) grown: Option<Grown>,
+}
+
+/// A growth on its way to the appliance.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Grown {
+    pub(super) size_bytes: u64,
+    /// LSN of its record, in the epoch of this generation.
+    pub(super) lsn: Lsn,
+    pub(super) generation: u64,
+}
+
+impl DiskState {
+    /// Everything that a person should know.
+    fn reasons(&self) -> String {
+        let grows = match self.wants_bytes {
+            Some(bytes) => format!(
+                "the source grew to {bytes} bytes; the disk follows as soon as the appliance is \
+                 connected and no copy is under way"
+            ),
+            None => String::new(),
+        };
+        let mut reasons = vec![&self.trouble, &self.reason, &self.stale_device, &grows];
+        reasons.retain(|reason| !reason.is_empty());
+        let reasons: Vec<&str> = reasons.into_iter().map(String::as_str).collect();
+        reasons.join("; ")
+    }
 }
 
 /// An attached disk.
@@ -70,8 +102,8 @@ pub struct Disk {
     pub state: Mutex<DiskState>,
     /// The tap; none when the source could not be opened.
     pub tap: Option<Arc<Tap>>,
-    /// Keeps other agents off an image file.
-    pub(super) _lock: Option<File>,
+    /// The source itself, for its size; keeps other agents off an image file.
+    pub(super) file: Option<File>,
 }
 
 impl Disk {
@@ -97,7 +129,7 @@ impl Disk {
         DiskDescription {
             disk: self.id,
             name: saved.name,
-            size_bytes: saved.size_bytes,
+            size_bytes: self.size_bytes(),
             logical_block_bytes: saved.logical_block_bytes,
         }
     }
@@ -109,7 +141,13 @@ impl Disk {
         if !saved.is_protected {
             return None;
         }
-        let is_running = self.state.lock().progress.is_running;
+        let (is_running, has_trouble) = {
+            let state = self.state.lock();
+            (state.progress.is_running, !state.trouble.is_empty())
+        };
+        if has_trouble || self.tap.is_none() {
+            return Some(DiskPhase::SourceError);
+        }
         let capture = self.tap.as_ref().and_then(|tap| tap.captured_by());
         let is_tainted = capture.is_some_and(|capture| capture.activity.is_tainted());
         Some(match (saved.is_copied, is_running) {
@@ -128,7 +166,7 @@ impl Disk {
         Some(DiskReport {
             disk: self.id,
             phase,
-            reason: state.reason.clone(),
+            reason: state.reasons(),
             done_bytes: state.progress.done_bytes,
             total_bytes: state.progress.total_bytes,
         })
@@ -141,8 +179,6 @@ impl Disk {
         let saved = self.saved.lock().clone();
         let size_bytes = self.size_bytes();
         let state = self.state.lock();
-        let mut reasons: Vec<&str> = vec![&state.reason, &state.stale_device];
-        reasons.retain(|reason| !reason.is_empty());
         let device = state
             .device
             .as_ref()
@@ -157,7 +193,7 @@ impl Disk {
             size_bytes,
             is_protected: saved.is_protected,
             phase,
-            reason: reasons.join("; "),
+            reason: state.reasons(),
             done_bytes: progress.done_bytes,
             total_bytes: progress.total_bytes,
             rate_bytes: progress.rate(),

@@ -130,6 +130,7 @@ impl Machine {
             link.has_sent = false;
         }
         self.begin_epoch()?;
+        self.record_growth();
         self.wake.notify_one();
         Ok(())
     }

@@ -38,6 +38,9 @@ impl Machine {
                 tracing::error!(%error, "the counters cannot be saved");
                 self.link.lock().reason = error.to_string();
             }
+            if let Err(error) = self.settle_growth() {
+                tracing::error!(%error, "after a restart the growth is recorded again");
+            }
             self.show_reasons();
         }
     }

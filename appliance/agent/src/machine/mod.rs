@@ -18,6 +18,7 @@ mod protect;
 mod source;
 pub mod start;
 mod stop;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -87,6 +88,8 @@ pub struct Machine {
     restarting: Mutex<()>,
     replicator: Mutex<Option<JoinHandle<()>>>,
     keeper: Mutex<Option<JoinHandle<()>>>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+    watcher_bell: Arc<Bell>,
     tree: Arc<TapTree>,
     mount: Mutex<Option<FuseMount>>,
     link: Mutex<Link>,

@@ -1,12 +1,16 @@
 //! Opens a source: an image file or block device that nobody else writes.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use afterimage_blockdev::{BlockDevice, DeviceOptions, ErrorClass, RealDevice};
+use afterimage_blockdev::{
+    BlockDevice, BlockOp, BlockOutcome, DeviceOptions, ErrorClass, ExtentKind, RealDevice, wait,
+};
 use afterimage_export::LoopDevice;
 
 use crate::config::TapConfig;
@@ -15,7 +19,8 @@ use crate::error::AgentError;
 /// An open source.
 pub(super) struct Source {
     pub(super) device: Arc<RealDevice>,
-    pub(super) lock: Option<File>,
+    /// Tells its size. Of an image it is the lock that keeps other agents off.
+    pub(super) file: File,
 }
 
 fn refuse(path: &Path, what: impl Into<String>) -> AgentError {
@@ -76,8 +81,7 @@ pub(super) fn open(path: &Path, config: &TapConfig) -> Result<Source, AgentError
         .metadata()
         .map_err(|error| refuse(path, error.to_string()))?;
     let is_file = metadata.file_type().is_file();
-    let mut lock = None;
-    if is_file {
+    let file = if is_file {
         let users = LoopDevice::list()?;
         if let Some(user) = users.iter().find(|user| is_same(&user.backing, path)) {
             return Err(in_use(format!(
@@ -85,8 +89,10 @@ pub(super) fn open(path: &Path, config: &TapConfig) -> Result<Source, AgentError
                 user.number
             )));
         }
-        lock = Some(lock_image(path).map_err(in_use)?);
-    }
+        lock_image(path).map_err(in_use)?
+    } else {
+        File::open(path).map_err(|error| in_use(error.to_string()))?
+    };
     let options = DeviceOptions {
         queue_depth: config.source_depth,
         ..DeviceOptions::default()
@@ -102,7 +108,38 @@ pub(super) fn open(path: &Path, config: &TapConfig) -> Result<Source, AgentError
     if geometry.size_bytes == 0 {
         return Err(refuse(path, "it is empty"));
     }
-    Ok(Source { device, lock })
+    Ok(Source { device, file })
+}
+
+/// The present size of an open source, in whole logical blocks.
+pub(super) fn size(mut file: &File, logical_block_bytes: u32) -> io::Result<u64> {
+    let bytes = file.seek(SeekFrom::End(0))?;
+    Ok(bytes - bytes % u64::from(logical_block_bytes))
+}
+
+/// Says whether a range of an open source may hold anything but zeroes.
+pub(super) fn may_hold_data(file: &File, range: &Range<u64>) -> bool {
+    let options = DeviceOptions {
+        is_read_only: true,
+        is_exclusive: false,
+        queue_depth: 1,
+        ..DeviceOptions::default()
+    };
+    // By its descriptor: the name may mean another file by now.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let Ok(device) = RealDevice::open(Path::new(&path), options) else {
+        return true;
+    };
+    let op = BlockOp::Extents {
+        offset: range.start,
+        length: range.end - range.start,
+    };
+    match wait::device(device.as_ref(), op) {
+        Ok(BlockOutcome::Extents(extents)) => {
+            extents.iter().any(|extent| extent.kind == ExtentKind::Data)
+        }
+        _ => true,
+    }
 }
 
 fn lock_image(path: &Path) -> Result<File, String> {

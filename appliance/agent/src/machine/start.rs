@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use afterimage_blockdev::{
-    BatchId, BlockDevice, Clock, DirectoryLock, Entropy, Epoch, Lsn, RealOptions, RealStorage,
-    StoreId,
+    BlockDevice, Clock, DirectoryLock, Entropy, Epoch, Lsn, RealOptions, RealStorage, StoreId,
 };
+use afterimage_cache::FrameIdentity;
 use afterimage_cache::log::LogOptions;
-use afterimage_cache::{FrameIdentity, RecordKind};
 use afterimage_export::{FuseMount, FuseOptions, StaleDevice, detach_stale, release_stale_under};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -23,7 +22,7 @@ use crate::clock::ApplianceClock;
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::export::TapTree;
-use crate::order::{Draft, Order, OrderStart, Payload, PortionOptions};
+use crate::order::{Order, OrderStart, PortionOptions};
 use crate::pipeline::sealer::{SealJob, level_for_cores};
 use crate::pipeline::{FrameStore, Keys, LogSpool, SealPool, SpoolEvents, StoreLimits};
 use crate::replicate::Outbox;
@@ -135,6 +134,8 @@ impl Machine {
             restarting: Mutex::default(),
             replicator: Mutex::default(),
             keeper: Mutex::default(),
+            watcher: Mutex::default(),
+            watcher_bell: Arc::default(),
             mount: Mutex::default(),
             link: Mutex::new(Link {
                 reason: "not connected yet".to_owned(),
@@ -172,7 +173,8 @@ impl Machine {
         }
         self.start_sealing()?;
         self.begin_epoch()?;
-        self.record_growth()?;
+        self.note_sizes()?;
+        self.record_growth();
         self.mount_taps()?;
         for disk in self.disks() {
             if let Err(error) = self.expose(&disk) {
@@ -181,6 +183,7 @@ impl Machine {
             }
         }
         *self.keeper.lock() = Some(self.start_keeper().map_err(system("start a thread"))?);
+        *self.watcher.lock() = Some(self.start_watcher().map_err(system("start a thread"))?);
         *self.replicator.lock() =
             Some(crate::replicate::start(self).map_err(system("start a thread"))?);
         Ok(())
@@ -203,24 +206,27 @@ impl Machine {
     }
 
     /// Opens a saved disk. One that cannot be opened stays in the list, with the reason.
-    fn take_up_disk(&self, saved: SavedDisk) -> Arc<Disk> {
+    fn take_up_disk(&self, mut saved: SavedDisk) -> Arc<Disk> {
         let opened = source::find(&saved.source)
             .and_then(|path| source::open(&path, &self.config.tap))
             .and_then(|opened| match opened.device.geometry().size_bytes {
-                found_bytes if found_bytes < saved.size_bytes => Err(AgentError::Shrunk {
-                    name: saved.name.clone(),
-                    known_bytes: saved.size_bytes,
-                    found_bytes,
-                }),
+                found_bytes if found_bytes < saved.size_bytes => {
+                    saved.note_shrunk(found_bytes);
+                    Err(AgentError::Shrunk {
+                        name: saved.name.clone(),
+                        known_bytes: saved.size_bytes,
+                        found_bytes,
+                    })
+                }
                 _ => Ok(opened),
             });
         let (id, is_protected) = (saved.disk, saved.is_protected);
         let mut state = DiskState::default();
-        let (tap, lock) = match opened {
-            Ok(opened) => (Some(Tap::new(opened.device)), opened.lock),
+        let (tap, file) = match opened {
+            Ok(opened) => (Some(Tap::new(opened.device)), Some(opened.file)),
             Err(error) => {
                 tracing::error!(%error, disk = saved.name, "the disk cannot be attached");
-                state.stale_device = format!("{error}; {}", error.hint());
+                state.trouble = format!("{error}; {}", error.hint());
                 (None, None)
             }
         };
@@ -229,14 +235,14 @@ impl Machine {
             saved: Mutex::new(saved),
             state: Mutex::new(state),
             tap,
-            _lock: lock,
+            file,
         };
         if is_protected
             && disk.tap.is_some()
             && let Err(error) = self.resume_capture(&disk)
         {
             tracing::error!(%error, disk = disk.name(), "the disk cannot be captured");
-            disk.state.lock().stale_device = error.to_string();
+            disk.state.lock().trouble = error.to_string();
             return Arc::new(Disk { tap: None, ..disk });
         }
         Arc::new(disk)
@@ -250,42 +256,34 @@ impl Machine {
             return Err(AgentError::Damaged { path, what });
         }
         let capture = self.make_capture(disk, false)?;
-        let (known, found) = (disk.saved.lock().size_bytes, tap.geometry().size_bytes);
-        if found > known {
-            capture.activity.taint_new(&(known..found));
+        let found = tap.geometry().size_bytes;
+        let (known, shrunk) = {
+            let saved = disk.saved.lock();
+            (saved.size_bytes, saved.shrunk_bytes)
+        };
+        let unseen = shrunk.map_or(known, |bytes| bytes.min(known));
+        if found > unseen {
+            capture.activity.taint_new(&(unseen..found));
             capture.activity.commit();
         }
+        // The mark stays until the range was compared, so that the note can go.
+        disk.saved.lock().shrunk_bytes = None;
         tap.capture(capture, Box::new(|| ()));
         Ok(())
     }
 
-    /// Records that disks grew while no agent ran.
-    fn record_growth(&self) -> Result<(), AgentError> {
-        let mut has_grown = false;
+    /// Writes down what was found of the sources' sizes. That of a disk that is captured follows
+    /// when the appliance knows it.
+    fn note_sizes(&self) -> Result<(), AgentError> {
         for disk in self.disks() {
-            let found = disk.size_bytes();
-            if found <= disk.saved.lock().size_bytes {
-                continue;
-            }
-            has_grown = true;
-            disk.saved.lock().size_bytes = found;
-            if let Some(capture) = disk.tap.as_ref().and_then(|tap| tap.captured_by()) {
-                let draft = Draft {
-                    kind: RecordKind::Grow,
-                    disk: Some((disk.id, capture.place)),
-                    offset: 0,
-                    length: found,
-                    batch: BatchId(0),
-                    argument: 0,
-                    payload: Payload::Note(Vec::new()),
-                };
-                let cost = draft.cost();
-                if self.order.append([draft], || ()).is_some() {
-                    self.admission.settle(0, cost);
-                }
+            let tap = disk.tap.as_ref();
+            if tap.is_none_or(|tap| tap.captured_by().is_none()) {
+                let found = disk.size_bytes();
+                let mut saved = disk.saved.lock();
+                saved.size_bytes = saved.size_bytes.max(found);
             }
         }
-        if has_grown { self.save_disks() } else { Ok(()) }
+        self.save_disks()
     }
 
     fn mount_taps(&self) -> Result<(), AgentError> {
@@ -295,6 +293,8 @@ impl Machine {
             source: "afterimage-agent".to_owned(),
             event_threads: self.config.tap.fuse_threads,
             max_background: self.config.tap.fuse_background_max,
+            // A name that comes back means another disk, and a size changes under a device.
+            name_lifetime: Duration::ZERO,
             ..FuseOptions::default()
         };
         let tree: Arc<TapTree> = Arc::clone(&self.tree);

@@ -41,6 +41,7 @@ impl Machine {
     pub fn begin_stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
         self.keeper_bell.ring();
+        self.watcher_bell.ring();
         self.outbox.nudge();
         self.wake.notify_one();
         self.retry_now.notify_one();
@@ -52,7 +53,8 @@ impl Machine {
         if let Err(error) = self.save_counters() {
             tracing::error!(%error, "the counters cannot be saved");
         }
-        for thread in [self.replicator.lock().take(), self.keeper.lock().take()] {
+        let threads = [&self.replicator, &self.keeper, &self.watcher];
+        for thread in threads.map(|thread| thread.lock().take()) {
             let _panicked = thread.map(std::thread::JoinHandle::join);
         }
         // A device that is still in use goes with its last user.

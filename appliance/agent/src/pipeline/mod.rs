@@ -1,5 +1,6 @@
 //! From captured records to frames that can be sent: sealing, holding in memory, spooling.
 
+pub mod effort;
 pub mod keys;
 pub mod sealer;
 pub mod spool;

@@ -3,10 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
-use afterimage_blockdev::{DiskId, Entropy, KeyId};
-use afterimage_cache::{Effort, Frame, FrameBuilder, FrameIdentity, Sealer};
+use afterimage_blockdev::{BLOCK_BYTES, DiskId, Entropy, KeyId};
+use afterimage_cache::{ContentTag, Effort, Frame, FrameBuilder, FrameIdentity, Sealer, Tagger};
 
+pub use super::effort::{effort_for, level_for_cores};
+
+use super::effort::Governor;
 use super::keys::Keys;
 use super::store::FrameStore;
 use crate::order::{Order, Payload, Portion};
@@ -17,6 +21,7 @@ pub struct Sealers {
     keys: Arc<Keys>,
     entropy: Arc<dyn Entropy>,
     effort: Effort,
+    tagger: Option<Tagger>,
     disks: HashMap<DiskId, (KeyId, Sealer)>,
 }
 
@@ -28,6 +33,7 @@ impl Sealers {
             keys,
             entropy,
             effort: Effort::Zstd(1),
+            tagger: None,
             disks: HashMap::new(),
         }
     }
@@ -55,41 +61,44 @@ impl Sealers {
     }
 
     fn seal(&mut self, portion: &Portion) -> Frame {
+        let tags = self.tags(portion);
+        let mut tags = tags.as_slice();
         let mut builder = FrameBuilder::new(portion.identity, false);
+        builder.reserve(portion.cost);
         for record in &portion.records {
             match &record.payload {
                 Payload::Data(bytes) => {
-                    builder.push_data(&record.header, bytes, self.of(record.header.disk));
+                    let (now, later) = tags.split_at(bytes.len() / BLOCK_BYTES);
+                    tags = later;
+                    let sealer = self.of(record.header.disk);
+                    builder.push_tagged(&record.header, bytes, now, sealer);
                 }
                 Payload::Note(note) => builder.push_note(&record.header, note),
             }
         }
         builder.finish()
     }
-}
 
-/// How hard to compress with so many bytes waiting: less, the more there are.
-#[must_use]
-pub fn effort_for(waiting: usize, waiting_max: usize, level_max: i32) -> Effort {
-    match waiting_max / waiting.max(1) {
-        0..4 => Effort::None,
-        4..16 => Effort::Zstd(-5),
-        16..64 => Effort::Zstd(-1),
-        64..256 => Effort::Zstd(1.min(level_max)),
-        _ => Effort::Zstd(level_max),
+    /// The content tags of all blocks, in order.
+    fn tags(&mut self, portion: &Portion) -> Vec<ContentTag> {
+        let mut tags = Vec::new();
+        let blocks = portion
+            .records
+            .iter()
+            .filter_map(|record| match &record.payload {
+                Payload::Data(bytes) => Some(&bytes[..]),
+                Payload::Note(_) => None,
+            });
+        let key = self.keys.tag();
+        if self.tagger.as_ref().map(Tagger::key) != key.as_ref() {
+            self.tagger = key.map(Tagger::new);
+        }
+        match &mut self.tagger {
+            Some(tagger) => tagger.tag(blocks, &mut tags),
+            None => assert_eq!(blocks.count(), 0, "a captured disk has a tag key"),
+        }
+        tags
     }
-}
-
-/// The highest zstd level that this machine can spare the time for.
-#[must_use]
-pub fn level_for_cores(level_max: i32) -> i32 {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let level = match cores {
-        0..4 => 1,
-        4..8 => 2,
-        _ => 3,
-    };
-    level.min(level_max)
 }
 
 /// What the threads share.
@@ -113,13 +122,13 @@ pub struct SealJob {
 impl SealJob {
     fn run(&self) {
         let mut sealers = Sealers::new(Arc::clone(&self.keys), Arc::clone(&self.entropy));
+        let mut governor = Governor::new(self.waiting_max, self.level_max);
         while let Some(portion) = self.order.take() {
-            sealers.set_effort(effort_for(
-                portion.waiting,
-                self.waiting_max,
-                self.level_max,
-            ));
+            let effort = governor.effort(portion.waiting);
+            sealers.set_effort(effort);
+            let began = Instant::now();
             let frame = sealers.seal(&portion);
+            governor.sealed(effort, portion.cost, frame.bytes.len(), began.elapsed());
             let (ticket, cost) = (portion.ticket, portion.cost);
             drop(portion);
             self.store.put(ticket, frame);

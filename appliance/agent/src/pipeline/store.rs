@@ -8,16 +8,25 @@
 //!   spool is read in the order in which it was written.
 //! * Memory holds at most `memory_bytes` of frames that never were in the spool, `writing_bytes`
 //!   on their way there, and `loaded_bytes` read back, each exceeded by one frame at most.
+//! * Nobody waits for the link for longer than [`PATIENCE`], nor at all once it fell behind.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{Epoch, Lsn};
 use afterimage_cache::{CacheError, Frame};
 use parking_lot::{Condvar, Mutex};
 
 use super::spool::{Spool, SpoolEvents, SpoolPlace};
+
+/// A link that takes so many bytes per second is waited for, rather than that a frame goes through
+/// the spool, which costs more than sending it.
+const FAST_LINK_BYTES_PER_S: u64 = 150 << 20;
+/// How long a frame waits for it at most; then it goes to the spool after all.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// How often the link is looked at.
+const LINK_LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Bytes that a store may hold in memory.
 #[derive(Clone, Copy, Debug)]
@@ -83,6 +92,11 @@ struct State {
     /// Entries that are in the spool or on their way there.
     spooled_count: usize,
     acknowledged: Lsn,
+    /// Bytes acknowledged since the link was looked at, and when that was.
+    drained_bytes: u64,
+    looked: Option<Instant>,
+    /// It takes frames faster than a spool would be worth while.
+    link_is_fast: bool,
     /// Counts frames that the spool has written.
     written: u64,
     /// The spool has no room for now.
@@ -146,7 +160,8 @@ impl FrameStore {
         })
     }
 
-    /// Takes a sealed frame. Waits while the spool is slow, but never for the link.
+    /// Takes a sealed frame. Waits while the spool is slow, and for moments while the link is fast;
+    /// never for a link that is slow or down.
     pub fn put(&self, ticket: u64, frame: Frame) {
         let mut state = self.state.lock();
         while state.writing_bytes > self.limits.writing_bytes && state.can_wait() {
@@ -163,8 +178,16 @@ impl FrameStore {
             }
         }
         state.early.insert(ticket, frame);
-        while let Some(frame) = state.next_early() {
-            self.hold(&mut state, frame);
+        let patience = Instant::now() + PATIENCE;
+        while let Some(bytes) = state.next_early_bytes() {
+            // Others may put and take while this thread waits, so it looks anew afterwards.
+            let should_wait = state.link_is_fast && state.overflows(bytes, &self.limits);
+            if should_wait && !self.room.wait_until(&mut state, patience).timed_out() {
+                continue;
+            }
+            if let Some(frame) = state.next_early() {
+                self.hold(&mut state, frame);
+            }
         }
         let full = self.why_full(&state);
         drop(state);
@@ -257,9 +280,11 @@ impl FrameStore {
             .is_some_and(|entry| entry.last <= durable)
         {
             if let Some(entry) = state.entries.pop_front() {
+                state.drained_bytes += entry.bytes as u64;
                 trimmed = state.forget(&entry).or(trimmed);
             }
         }
+        state.look_at_link(Instant::now());
         drop(state);
         self.room.notify_all();
         if let Some(place) = trimmed {
@@ -326,6 +351,30 @@ impl State {
     /// The spool will make room by itself.
     fn can_wait(&self) -> bool {
         !self.is_dead && !self.is_paused && !self.is_lost
+    }
+
+    /// Bytes of the frame that is held next.
+    fn next_early_bytes(&self) -> Option<usize> {
+        self.early
+            .get(&self.next_ticket)
+            .map(|frame| frame.bytes.len())
+    }
+
+    /// A frame of so many bytes would be the first in the spool.
+    fn overflows(&self, bytes: usize, limits: &StoreLimits) -> bool {
+        let is_full = self.memory_bytes > 0 && self.memory_bytes + bytes > limits.memory_bytes;
+        is_full && self.spooled_count == 0 && !self.is_dead && !self.is_lost
+    }
+
+    fn look_at_link(&mut self, now: Instant) {
+        let passed = self.looked.map(|at| now.duration_since(at));
+        if passed.is_some_and(|passed| passed < LINK_LOOK_EVERY) {
+            return;
+        }
+        let passed_ms = passed.map_or(u128::MAX, |passed| passed.as_millis());
+        let floor = u128::from(FAST_LINK_BYTES_PER_S) * passed_ms.min(60_000) / 1000;
+        self.link_is_fast = u128::from(self.drained_bytes) >= floor;
+        (self.looked, self.drained_bytes) = (Some(now), 0);
     }
 
     fn next_early(&mut self) -> Option<Frame> {

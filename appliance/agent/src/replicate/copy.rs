@@ -116,6 +116,19 @@ impl Copier {
         }
     }
 
+    /// Waits until the record that begins the batch is durable. What is taken from a seed
+    /// ranks there, so it must know of all that came before, and of nothing newer.
+    fn wait_for_begin(&self, batch: &Batch) -> Result<(), GivenUp> {
+        loop {
+            let changes = self.machine.outbox().changes();
+            self.check(batch)?;
+            if self.machine.acknowledged() >= batch.begun.lsn {
+                return Ok(());
+            }
+            self.machine.outbox().wait(changes, LOOK_AGAIN);
+        }
+    }
+
     /// The flow had stopped: another batch takes over, which includes what this one lacks.
     fn begin_again(&self, batch: &mut Batch) -> Result<(), GivenUp> {
         loop {
@@ -153,26 +166,35 @@ impl Copier {
         let size = capture.source.geometry().size_bytes.next_multiple_of(BLOCK);
         let taints = capture.activity.taints();
         let tainted = capture.activity.tainted(size);
-        let (is_copied, done) = {
+        let (is_copied, is_in_batch, done) = {
             let state = disk.state.lock();
-            let done = state.answer.as_ref().filter(|answer| answer.is_in_batch);
-            let done = done
-                .map(|answer| answer.bulk_done.clone())
-                .unwrap_or_default();
-            (disk.saved.lock().is_copied, done)
+            let answer = state.answer.as_ref();
+            let is_in_batch = answer.is_some_and(|answer| answer.is_in_batch);
+            let done = answer.map(|answer| answer.bulk_done.clone());
+            let is_copied = disk.saved.lock().is_copied;
+            (is_copied, is_in_batch, done.unwrap_or_default())
         };
-        let mut fresh = Vec::new();
+        let (mut fresh, mut seeded) = (Vec::new(), Vec::new());
         if !is_copied {
             let blocks = |(first, count): (u64, u64)| first * BLOCK..(first + count) * BLOCK;
             let mut taken: Vec<_> = done.into_iter().map(blocks).collect();
+            if !is_in_batch {
+                // Nobody has compared it yet: it is what a seed holds.
+                seeded = clipped(core::mem::take(&mut taken), &(0..size), &tainted);
+                taken.clone_from(&seeded);
+            }
             taken.extend(tainted.iter().cloned());
             fresh = subtract(&(0..size), &join(taken));
             // What passed before capture began must not be lost after it was copied.
             self.flush(batch, &capture)?;
             fresh = used(&capture, fresh);
         }
-        self.begin_progress(disk, total(&tainted) + total(&fresh));
+        self.begin_progress(disk, total(&tainted) + total(&seeded) + total(&fresh));
         self.compare(batch, disk, &capture, &tainted)?;
+        if !seeded.is_empty() {
+            self.wait_for_begin(batch)?;
+            self.compare(batch, disk, &capture, &seeded)?;
+        }
         for range in fresh {
             for chunk in self.chunks(&range) {
                 self.send(batch, disk, &capture, &chunk, true)?;
@@ -445,6 +467,18 @@ fn chunks(range: &Range<u64>, step: u64) -> Vec<Range<u64>> {
         at = end;
     }
     chunks
+}
+
+/// What of some ranges lies within a whole, and not in what is taken already.
+fn clipped(ranges: Vec<Range<u64>>, whole: &Range<u64>, taken: &[Range<u64>]) -> Vec<Range<u64>> {
+    let within = ranges
+        .into_iter()
+        .map(|range| range.start..range.end.min(whole.end));
+    let parts = join(within.collect());
+    parts
+        .iter()
+        .flat_map(|part| subtract(part, taken))
+        .collect()
 }
 
 /// The parts of ranges that may hold anything but zeroes, widened to cells.

@@ -27,7 +27,9 @@ pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
         return Err(GivenUp("what was recorded is not sent yet"));
     }
     let waiting = machine.take_waiting_captures();
+    let growing = machine.take_waiting_growths();
     let mut disks = machine.disks_in_need();
+    disks.extend(growing.iter().map(|(disk, _)| Arc::clone(disk)));
     disks.extend(waiting.iter().map(|(disk, _)| Arc::clone(disk)));
     disks.extend(machine.disks_in_open_batch());
     let mut seen: Vec<DiskId> = Vec::new();
@@ -59,6 +61,11 @@ pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
             let _disconnected = settled.recv();
         }
     }
+    for (disk, size_bytes) in growing {
+        machine.grow_in_batch(&disk, size_bytes);
+    }
+    // Records of growth that found no flow.
+    machine.record_growth();
     let disks = disks.iter().map(|disk| disk.id).collect();
     Ok(lsn.map(|lsn| Begun { batch, lsn, disks }))
 }

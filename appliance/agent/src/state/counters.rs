@@ -33,6 +33,8 @@ const COPY: usize = 4096;
 const MAGIC: &[u8; 8] = b"AICOUNT\0";
 const VERSION: u16 = 1;
 const HASH_AT: usize = 128;
+/// No agent ever saves so often; below it there is room to count on.
+const GENERATION_MAX: u64 = 1 << 62;
 
 /// The counters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,7 +109,8 @@ impl Counters {
             wall_offset_ns: i64::from_le_bytes(array(bytes, 88)?),
             batch: BatchId(get_u32(bytes, 96)?),
         };
-        Some((get_u64(bytes, 16)?, counters))
+        let generation = get_u64(bytes, 16).filter(|generation| *generation < GENERATION_MAX)?;
+        Some((generation, counters))
     }
 }
 
@@ -252,6 +255,22 @@ mod tests {
         file.file
             .write_all_at(&[0xff; 64], 4096 - place + 64)
             .unwrap();
+        assert!(matches!(
+            CounterFile::open(&path, fresh()),
+            Err(AgentError::Damaged { .. })
+        ));
+    }
+
+    /// A forged generation with no room to count on ended the agent at its next save.
+    #[test]
+    fn a_generation_that_nobody_reaches_is_damage() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("counters");
+        let (file, _) = CounterFile::open(&path, fresh()).unwrap();
+        for place in [0, COPY as u64] {
+            let bytes = fresh().encode(u64::MAX);
+            file.file.write_all_at(&bytes, place).unwrap();
+        }
         assert!(matches!(
             CounterFile::open(&path, fresh()),
             Err(AgentError::Damaged { .. })

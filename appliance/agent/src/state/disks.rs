@@ -20,7 +20,7 @@ pub struct SavedDisk {
     pub name: String,
     /// The image file or block device.
     pub source: String,
-    /// Size when it was last seen.
+    /// The size that the appliance knows, or, unprotected, that was last seen.
     pub size_bytes: u64,
     /// Logical block when it was attached.
     pub logical_block_bytes: u32,
@@ -30,6 +30,20 @@ pub struct SavedDisk {
     pub is_protected: bool,
     /// A whole copy was acknowledged.
     pub is_copied: bool,
+    /// The smallest size that the source had since it shrank; what lies behind is compared once
+    /// the source has its size again.
+    #[serde(default)]
+    pub shrunk_bytes: Option<u64>,
+}
+
+impl SavedDisk {
+    /// Remembers that the source shrank to so many bytes; says whether that is news.
+    pub fn note_shrunk(&mut self, found_bytes: u64) -> bool {
+        let lowest = self
+            .shrunk_bytes
+            .map_or(found_bytes, |bytes| bytes.min(found_bytes));
+        self.shrunk_bytes.replace(lowest) != Some(lowest)
+    }
 }
 
 /// All attached disks.

@@ -87,6 +87,10 @@ impl Request {
             });
         }
         let (_, offset, length) = op.describe();
+        if matches!(op, BlockOp::Grow { .. }) {
+            // Before any write can touch the new space, and so not on a thread that carries data.
+            capture.activity.grow(length);
+        }
         let (what, asked) = match &op {
             BlockOp::Write { .. } => (What::Write, offset..offset + length),
             BlockOp::Discard { .. } => (What::Discard, offset..offset + length),

@@ -16,7 +16,8 @@ pub struct AttachDisk {
 }
 
 /// `POST /v1/disks/{name}/protect`: begins replication. `POST /v1/disks/{name}/detach` ends the
-/// tap; refused while the device is in use.
+/// tap; refused while the device is in use. `POST /v1/disks/{name}/grow` looks at the size of the
+/// source at once, and lets disk and device follow.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProtectDisk {}

@@ -1,6 +1,9 @@
 //! Types of the control port and of the local sockets, as JSON.
 
 pub mod agent;
+pub mod policy;
+pub mod scrub;
+pub mod seed;
 pub mod server;
 pub mod time;
 pub mod token;

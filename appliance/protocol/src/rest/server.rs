@@ -3,6 +3,7 @@
 use afterimage_blockdev::{AgentId, DiskId, Epoch, HistoryId, Lsn, MachineId, PointId, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::scrub::ScrubStatus;
 use crate::message::DiskPhase;
 
 /// `POST /v1/tokens`: makes a one-time enrolment token.
@@ -154,6 +155,9 @@ pub struct ServerStatus {
     pub data_port: u16,
     /// Port of the control service.
     pub control_port: u16,
+    /// Of the checks of the whole store.
+    #[serde(default)]
+    pub scrub: ScrubStatus,
     /// The machines.
     pub machines: Vec<MachineStatus>,
 }
@@ -264,6 +268,8 @@ pub struct Point {
     pub lsn: Lsn,
     /// Time of the cut.
     pub time: Timestamp,
+    /// Until when it cannot be deleted; `None` when it is not locked.
+    pub locked_until: Option<Timestamp>,
 }
 
 /// `POST /v1/mounts`: shows a disk as it was.
@@ -309,6 +315,21 @@ pub struct Mount {
     pub device_ms: u64,
     /// From request to the end, in ms.
     pub total_ms: u64,
+}
+
+/// `POST /v1/store/collect`: gives back the space of what nobody needs any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CollectReport {
+    /// Log segments that were moved to the seed store.
+    pub destaged: u64,
+    /// Seed segments that were rewritten without what nobody needs.
+    pub rewritten: u64,
+    /// Segments of which nothing was needed.
+    pub dropped: u64,
+    /// Bytes given back; negative when moving took more than it gave.
+    pub freed_bytes: i64,
+    /// Bytes written for it.
+    pub written_bytes: u64,
 }
 
 /// `POST /v1/log/verify`: reads every byte of the store and checks it.

@@ -28,6 +28,42 @@ pub fn format_rfc3339(time: Timestamp) -> String {
     text
 }
 
+/// Reads a time in UTC, as [`format_rfc3339`] writes it.
+#[must_use]
+pub fn parse_rfc3339(text: &str) -> Option<Timestamp> {
+    let text = text.strip_suffix(['Z', 'z'])?;
+    let (day, time) = text.split_once(['T', 't', ' '])?;
+    let (year, month, day) = three(day, '-')?;
+    let (clock, fraction) = time.split_once('.').unwrap_or((time, "0"));
+    let (hour, minute, second) = three(clock, ':')?;
+    let is_legal = (1970..=2554).contains(&year)
+        && (1..=12).contains(&month)
+        && (1..=month_days(year, month)).contains(&day)
+        && hour < 24
+        && minute < 60
+        && second < 60;
+    if !is_legal {
+        return None;
+    }
+    let nanos = format!("{:0<9}", fraction.get(..fraction.len().min(9))?);
+    let months = (1..month).map(|month| month_days(year, month));
+    let days = days_to(year) + months.sum::<u64>() + day - 1;
+    let seconds = days * DAY_S + hour * 3600 + minute * 60 + second;
+    let ns = seconds.checked_mul(SECOND_NS)?;
+    ns.checked_add(number(&nanos)?).map(Timestamp)
+}
+
+fn number(text: &str) -> Option<u64> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| is_number)
+}
+
+fn three(text: &str, mark: char) -> Option<(u64, u64, u64)> {
+    let mut parts = text.split(mark).map(number);
+    let found = (parts.next()??, parts.next()??, parts.next()??);
+    parts.next().is_none().then_some(found)
+}
+
 fn is_leap(year: u64) -> bool {
     year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
 }
@@ -80,6 +116,36 @@ mod tests {
     fn writes_known_times() {
         for (text, seconds) in CASES {
             assert_eq!(format_rfc3339(Timestamp(seconds * SECOND_NS)), text);
+        }
+    }
+
+    #[test]
+    fn reads_what_it_writes_and_nothing_that_is_no_time() {
+        for (text, seconds) in CASES {
+            assert_eq!(
+                parse_rfc3339(text),
+                Some(Timestamp(seconds * SECOND_NS)),
+                "{text}"
+            );
+        }
+        for ns in [250_000_000, 1_000, 999_999_999, 1_785_501_296_123_456_789] {
+            let text = format_rfc3339(Timestamp(ns));
+            assert_eq!(parse_rfc3339(&text), Some(Timestamp(ns)), "{text}");
+        }
+        for wrong in [
+            "",
+            "Z",
+            "2026-07-31",
+            "2026-02-29T00:00:00Z",
+            "2026-13-01T00:00:00Z",
+            "2026-07-31T24:00:00Z",
+            "2026-07-31T12:00:00",
+            "2026-07-31T12:00Z",
+            "2026-07-31T12:00:00.é9Z",
+            "2026-07-31T12:00:+1Z",
+            "9999-01-01T00:00:00Z",
+        ] {
+            assert_eq!(parse_rfc3339(wrong), None, "{wrong}");
         }
     }
 

@@ -66,7 +66,8 @@ impl Catalogue {
     /// unless another one holds it.
     ///
     /// # Errors
-    /// `TokenUnknown`, `TokenExpired`, `TokenUsed`, `AgentRevoked`; nothing has changed then.
+    /// `TokenUnknown`, `TokenExpired`, `TokenUsed`, `AgentRevoked`, `NameTaken`; then nothing has
+    /// changed.
     pub fn enrol(
         &self,
         secret: &[u8; 32],
@@ -80,6 +81,7 @@ impl Catalogue {
         let mut connection = self.connection.lock();
         let transaction = connection.transaction().map_err(&fail)?;
         token_state(&transaction, secret, now)?;
+        free_name(&transaction, machine, machine_name)?;
         note_certificate(&transaction, agent, certificate, now)?;
         let (agent_text, machine_text) = (agent.to_string(), machine.to_string());
         let rest = || -> rusqlite::Result<AgentId> {
@@ -262,6 +264,36 @@ fn token_state(
         Some((expires, None)) if from_sql(expires) <= now => Err(CatalogueError::TokenExpired),
         Some(_) => Ok(()),
     }
+}
+
+/// Refuses a name that another machine has. One that nobody may write for any more gives it up.
+fn free_name(
+    transaction: &Transaction<'_>,
+    machine: MachineId,
+    name: &str,
+) -> Result<(), CatalogueError> {
+    let fail = sql("look up a name");
+    let own = machine.to_string();
+    let holder: Option<String> = transaction
+        .query_row(
+            "SELECT grants.agent FROM machines JOIN grants USING (machine) JOIN agents USING (agent)
+             WHERE name = ?1 AND machine <> ?2 AND revoked IS NULL LIMIT 1",
+            params![name, own],
+            |row| row.get(0),
+        )
+        .optional()
+        .map_err(&fail)?;
+    if let Some(holder) = holder {
+        let name = name.to_owned();
+        return Err(CatalogueError::NameTaken { name, holder });
+    }
+    let others = "SELECT machine FROM machines WHERE name = ?1 AND machine <> ?2";
+    for table in ["grants", "machines"] {
+        let statement = format!("DELETE FROM {table} WHERE machine IN ({others})");
+        let done = transaction.execute(&statement, params![name, own]);
+        done.map_err(&fail)?;
+    }
+    Ok(())
 }
 
 fn note_certificate(

@@ -4,6 +4,7 @@
 //! Invariants
 //! * One writer: all access goes through one connection behind one lock.
 //! * A machine has at most one grant, so at most one agent may write for it.
+//! * No two machines that an agent may write for have the same name.
 //! * A token is used at most once: its use and the certificate it gives are one transaction.
 //! * Secrets of tokens are never stored, only their hashes.
 
@@ -63,6 +64,14 @@ pub enum CatalogueError {
         /// The agent.
         agent: String,
     },
+    /// Another machine has the name.
+    #[error("a machine named {name} has enrolled already, with agent {holder}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Who holds that machine.
+        holder: String,
+    },
     /// No such agent.
     #[error("no agent {agent} has enrolled here")]
     NoAgent {
@@ -100,6 +109,10 @@ impl CatalogueError {
         match self {
             Self::TokenUnknown | Self::TokenExpired | Self::TokenUsed => {
                 "make a new one at the appliance with `aft token create`"
+            }
+            Self::NameTaken { .. } => {
+                "choose another name with --machine-name, or, if that machine is gone, run \
+                 `aft agent revoke` for its agent first"
             }
             Self::AgentRevoked { .. } => "enrol it again under a new identity",
             Self::NoAgent { .. } => "`aft agent list` shows those that have",

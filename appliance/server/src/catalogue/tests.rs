@@ -63,6 +63,30 @@ fn a_token_is_used_once_and_in_time() {
 }
 
 #[test]
+fn a_name_belongs_to_one_machine_until_its_agent_is_revoked() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalogue = catalogue(&directory);
+    for token in [1, 2] {
+        catalogue.add_token(&[token; 32], NOW, LATER).unwrap();
+    }
+    enrol(&catalogue, 1, AGENT, NOW).unwrap();
+    let second = MachineId([4; 16]);
+    let enrol_second = || catalogue.enrol(&[2; 32], OTHER, second, "web", &certificate(2), NOW);
+    let error = enrol_second().unwrap_err();
+    let text = format!("{error}; {}", error.hint());
+    assert!(
+        text.contains("named web") && text.contains(&AGENT.to_string()) && text.contains("revoke"),
+        "{text}"
+    );
+    // Nothing has changed: the token is good, the agent unknown.
+    assert_eq!(catalogue.agents().unwrap().len(), 1);
+    catalogue.revoke(AGENT, NOW).unwrap();
+    assert_eq!(enrol_second().unwrap().holder, OTHER);
+    assert_eq!(catalogue.machines().unwrap(), [(second, "web".to_owned())]);
+    assert_eq!(catalogue.grant(MACHINE, AGENT).unwrap(), Grant::Nobody);
+}
+
+#[test]
 fn a_machine_moves_to_an_agent_that_is_known() {
     let directory = tempfile::tempdir().unwrap();
     let catalogue = catalogue(&directory);

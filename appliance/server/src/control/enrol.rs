@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use afterimage_blockdev::{AgentId, ErrorClass, Timestamp};
+use afterimage_blockdev::{AgentId, ErrorClass, MachineId, Timestamp};
 use afterimage_protocol::message::NAME_BYTES_MAX;
 use afterimage_protocol::rest::server::{
     AdminIdentity, Agent, CreateToken, Enrol, Enrolled, IssueAdmin, Renew, Renewed, Token,
@@ -19,6 +19,8 @@ use crate::appliance::Appliance;
 use crate::ca::{Issued, Lifetime};
 use crate::catalogue::{CatalogueError, NewCertificate};
 use crate::config::ms;
+use crate::engine::Command;
+use crate::ingest;
 
 type Body<T> = Result<Json<T>, JsonRejection>;
 
@@ -101,6 +103,7 @@ async fn enrol_now(appliance: &Appliance, request: Enrol) -> Result<Enrolled, Fa
         .catalogue
         .run(move |catalogue| catalogue.check_token(&secret, now))
         .await?;
+    check_stored(appliance, machine, &machine_name).await?;
     let lifetime = Lifetime::from_now(now, seconds(appliance.config.certificates.agent_ttl_s));
     let issued = appliance
         .authority
@@ -126,6 +129,27 @@ async fn enrol_now(appliance: &Appliance, request: Enrol) -> Result<Enrolled, Fa
         authority_pem: appliance.authority.certificate_pem().to_owned(),
         data_port: appliance.data_port,
     })
+}
+
+/// A name under which records of another machine are kept stays that machine's.
+async fn check_stored(
+    appliance: &Appliance,
+    machine: MachineId,
+    name: &str,
+) -> Result<(), Failure> {
+    let status = appliance.engine.ask(Command::Status).await?;
+    let mut stored = status.machines.iter();
+    match stored.find(|stored| stored.name == name && stored.machine != machine) {
+        None => Ok(()),
+        Some(stored) => Err(Failure::refused(
+            format!(
+                "the appliance keeps another machine named {name} ({})",
+                stored.machine
+            ),
+            "choose another name with --machine-name, or, if it is the same machine, put the \
+             state directory of its agent back",
+        )),
+    }
 }
 
 fn check_name(what: &str, name: &str) -> Result<(), Failure> {
@@ -231,6 +255,7 @@ pub(super) async fn revoke(
         .catalogue
         .run(move |catalogue| catalogue.revoke(agent, now))
         .await?;
+    appliance.live.cut_agent(agent, &ingest::revoked(agent));
     let text = format!("agent {agent} was revoked by {}", caller.name());
     appliance.events.note("agent-revoked", text);
     Ok(Json(()))

@@ -14,6 +14,7 @@ use super::access::Caller;
 use super::answer::{Answer, Failure};
 use crate::appliance::Appliance;
 use crate::engine::Command;
+use crate::ingest;
 
 type Body<T> = Result<Json<T>, JsonRejection>;
 
@@ -79,9 +80,9 @@ pub(super) async fn delete_point(
     );
     appliance
         .engine
-        .ask(|reply| Command::DeletePoint {
+        .ask(|reply| Command::DeletePoints {
             machine,
-            name,
+            names: vec![name],
             reply,
         })
         .await??;
@@ -116,6 +117,9 @@ pub(super) async fn move_machine(
         .catalogue
         .run(move |catalogue| catalogue.move_machine(id, agent, now))
         .await?;
+    let before = outcome.before;
+    let cut = ingest::held_by_other(&name, before.unwrap_or_default(), agent);
+    appliance.live.cut_machine(id, agent, &cut);
     if is_stored {
         appliance
             .engine
@@ -126,9 +130,7 @@ pub(super) async fn move_machine(
             })
             .await??;
     }
-    let before = outcome
-        .before
-        .map_or("nobody".to_owned(), |agent| format!("agent {agent}"));
+    let before = before.map_or("nobody".to_owned(), |agent| format!("agent {agent}"));
     let by = caller.name();
     let text = format!("machine {name} was moved from {before} to agent {agent} by {by}");
     appliance.events.note("machine-moved", text);

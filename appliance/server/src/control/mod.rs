@@ -12,8 +12,11 @@ mod enrol;
 mod listener;
 mod machines;
 mod mounts;
+mod policy;
 mod routes;
+mod seeds;
 mod status;
+mod store;
 #[cfg(test)]
 mod tests;
 

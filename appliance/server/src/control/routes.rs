@@ -11,7 +11,7 @@ use axum::routing::{delete, get, post};
 
 use super::access::admins_only;
 use super::answer::Failure;
-use super::{enrol, machines, mounts, status};
+use super::{enrol, machines, mounts, policy, seeds, status, store};
 use crate::appliance::Appliance;
 
 /// Makes the routes. Each connection adds who its caller is.
@@ -33,8 +33,31 @@ pub fn router(appliance: Arc<Appliance>) -> Router {
             "/v1/machines/{machine}/points/{name}",
             delete(machines::delete_point),
         )
+        .route(
+            "/v1/machines/{machine}/policy",
+            get(policy::show).post(policy::set),
+        )
+        .route(
+            "/v1/machines/{machine}/deletions",
+            post(policy::delete).layer(DefaultBodyLimit::max(policy::BODY_BYTES_MAX)),
+        )
+        .route(
+            "/v1/machines/{machine}/locks",
+            post(policy::lock).layer(DefaultBodyLimit::max(policy::BODY_BYTES_MAX)),
+        )
+        .route("/v1/clock/confirm", post(policy::confirm_clock))
         .route("/v1/mounts", get(mounts::list).post(mounts::create))
         .route("/v1/mounts/{id}", delete(mounts::remove))
+        .route("/v1/seeds", get(seeds::list).post(seeds::create))
+        .route("/v1/seeds/{machine}/{disk}", delete(seeds::remove))
+        .route("/v1/seeds/{machine}/{disk}/ready", post(seeds::ready))
+        .route("/v1/store/collect", post(store::collect))
+        .route(
+            "/v1/store/scrub",
+            get(store::scrub_status)
+                .post(store::scrub)
+                .delete(store::stop_scrub),
+        )
         .route("/v1/log/verify", post(machines::verify))
         .route("/v1/tokens", post(enrol::create_token))
         .route("/v1/certificates/admin", post(enrol::issue_admin))

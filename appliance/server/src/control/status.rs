@@ -1,6 +1,7 @@
 //! How everything is.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use afterimage_blockdev::{ErrorClass, MachineId, Timestamp};
 use afterimage_protocol::message::{DiskPhase, DiskReport, SourceReport};
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use super::answer::{Answer, Failure};
 use crate::appliance::Appliance;
 use crate::engine::{Command, DiskSummary, EngineStatus, HistorySummary, MachineSummary};
-use crate::ingest::Reported;
+use crate::ingest::{Reported, StageDelay};
 
 /// Most events of a page.
 const EVENTS_MAX: usize = 1000;
@@ -27,6 +28,21 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
     let mut health = Health::default();
     if let Some(refusal) = &engine.paused {
         health.red(format!("ingest is paused: {refusal}"));
+    }
+    if let Some(ahead) = engine.clock_ahead {
+        health.red(format!(
+            "the clock is {} s ahead of where it should be, so no lock ends and no point is \
+             thinned; set it right, then say so with `aft policy confirm-clock`",
+            ahead.as_secs()
+        ));
+    }
+    let scrub = appliance.scrub.status();
+    if let Some(first) = scrub.damage.first() {
+        health.red(format!(
+            "{} parts of the store are damaged: {first}; `aft store scrub` reads it again and \
+             lists all",
+            scrub.damage.len()
+        ));
     }
     for machine in &machines {
         judge(
@@ -45,6 +61,7 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
         is_ingest_paused: engine.paused.is_some(),
         data_port: appliance.data_port,
         control_port: appliance.control_port,
+        scrub,
         machines,
     }))
 }
@@ -118,7 +135,7 @@ fn all_machines(
 ) -> Vec<MachineStatus> {
     let machine = |machine: &MachineSummary| {
         let reported = appliance.reports.get(machine.machine);
-        describe(machine, reported.as_ref(), engine.cache_ms, now)
+        describe(machine, reported.as_ref(), now)
     };
     engine.machines.iter().map(machine).collect()
 }
@@ -126,7 +143,6 @@ fn all_machines(
 pub(super) fn describe(
     machine: &MachineSummary,
     reported: Option<&Reported>,
-    cache_ms: u64,
     now: Timestamp,
 ) -> MachineStatus {
     let trunk = machine
@@ -164,7 +180,7 @@ pub(super) fn describe(
         rpo_ms: trunk
             .filter(|_| is_bootable)
             .map(|trunk| rpo_ms(trunk, report, now)),
-        lag: lag(reported, cache_ms),
+        lag: lag(reported),
         disks,
     }
 }
@@ -196,7 +212,7 @@ fn rpo_ms(trunk: &HistorySummary, report: Option<&SourceReport>, now: Timestamp)
     ms_between(newest, now)
 }
 
-fn lag(reported: Option<&Reported>, cache_ms: u64) -> StageLag {
+fn lag(reported: Option<&Reported>) -> StageLag {
     let connected = reported.filter(|reported| reported.is_connected);
     let report = connected.and_then(|reported| Some((reported, reported.report.as_ref()?)));
     let (capture_ms, link_ms) = match report {
@@ -210,12 +226,13 @@ fn lag(reported: Option<&Reported>, cache_ms: u64) -> StageLag {
             )
         }
     };
-    // A record is visible to views when the commit that holds it is reported.
+    let here = connected.map(|reported| reported.delay.stages(Instant::now()));
+    let StageDelay { cache_ms, apply_ms } = here.unwrap_or_default();
     StageLag {
         capture_ms,
         link_ms,
         cache_ms,
-        apply_ms: 0,
+        apply_ms,
     }
 }
 
@@ -287,6 +304,12 @@ fn judge(health: &mut Health, machine: &MachineStatus, rpo_warning_ms: u64) {
             }
             Some(DiskPhase::ResyncNeeded) => {
                 health.red(format!("disk {name}: a resync is needed: {}", disk.reason));
+            }
+            Some(DiskPhase::SourceError) => {
+                health.red(format!(
+                    "disk {name}: its source cannot be used as it is: {}",
+                    disk.reason
+                ));
             }
             Some(DiskPhase::Protected) | None => {}
         }

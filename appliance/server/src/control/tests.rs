@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::status::describe;
 use crate::engine::StreamKey;
-use crate::ingest::Reported;
+use crate::ingest::{Delay, Reported};
 use crate::testing::{
     Fixture, Identity, TRUNK, client_config, control, key_der, local, machine, request,
 };
@@ -382,6 +382,7 @@ mod rpo {
             received: Timestamp(report.time.0 + S / 100),
             report: Some(report),
             is_behind,
+            delay: std::sync::Arc::new(Delay::new(std::time::Instant::now())),
         }
     }
 
@@ -394,7 +395,7 @@ mod rpo {
             ..SourceReport::default()
         };
         let reported = reported(report, false);
-        let status = describe(&web, Some(&reported), 2, Timestamp(101 * S));
+        let status = describe(&web, Some(&reported), Timestamp(101 * S));
         assert_eq!(status.rpo_ms, Some(1000));
         assert_eq!(status.lag.capture_ms, Some(0));
         assert_eq!(status.lag.link_ms, Some(10));
@@ -410,7 +411,7 @@ mod rpo {
             ..SourceReport::default()
         };
         let reported = reported(report, true);
-        let status = describe(&web, Some(&reported), 2, Timestamp(101 * S));
+        let status = describe(&web, Some(&reported), Timestamp(101 * S));
         assert_eq!(status.rpo_ms, Some(11_000));
         assert_eq!(status.lag.capture_ms, Some(9000));
     }
@@ -419,7 +420,7 @@ mod rpo {
     fn nothing_is_claimed_before_there_is_a_whole_copy() {
         let mut web = machine(Lsn(5), Timestamp(90 * S));
         web.disks[0].addressable.clear();
-        let status = describe(&web, None, 2, Timestamp(101 * S));
+        let status = describe(&web, None, Timestamp(101 * S));
         assert_eq!(status.rpo_ms, None);
         assert_eq!(status.lag.capture_ms, None);
         assert!(!status.is_connected);
@@ -444,10 +445,10 @@ mod rpo {
         };
         let mut reported = reported(report, false);
         let now = Timestamp(101 * S);
-        let status = describe(&web, Some(&reported), 2, now);
+        let status = describe(&web, Some(&reported), now);
         assert_eq!(status.disks[0].phase, Some(DiskPhase::Protected));
         reported.history = afterimage_blockdev::HistoryId([99; 16]);
-        let status = describe(&web, Some(&reported), 2, now);
+        let status = describe(&web, Some(&reported), now);
         assert_eq!(status.disks[0].phase, None);
         assert_eq!(status.rpo_ms, Some(11_000));
     }

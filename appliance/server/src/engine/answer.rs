@@ -2,7 +2,7 @@
 
 use afterimage_blockdev::{ErrorClass, Lsn};
 use afterimage_protocol::rest::ApiError;
-use afterimage_protocol::rest::server::{AddressableRange, Point};
+use afterimage_protocol::rest::server::{AddressableRange, CollectReport, Point};
 use afterimage_protocol::{Refusal, RefusalCode};
 use afterimage_seed::SeedError;
 use afterimage_seed::engine::{DiskInfo, EngineInfo, MachineInfo, StreamEnd};
@@ -102,10 +102,11 @@ pub(super) fn point(record: PointRecord) -> Point {
         lsn: record.lsn,
         time: record.time,
         name: record.name,
+        locked_until: (record.locked_until.0 > 0).then_some(record.locked_until),
     }
 }
 
-pub(super) fn status(info: EngineInfo, free_bytes: u64, cache_ms: u64) -> EngineStatus {
+pub(super) fn status(info: EngineInfo, free_bytes: u64) -> EngineStatus {
     EngineStatus {
         stored_bytes: info.stored_bytes,
         free_bytes,
@@ -115,7 +116,7 @@ pub(super) fn status(info: EngineInfo, free_bytes: u64, cache_ms: u64) -> Engine
             .into_iter()
             .map(|known| machine(known, &info.damage))
             .collect(),
-        cache_ms,
+        clock_ahead: info.clock.frozen_ahead,
     }
 }
 
@@ -168,5 +169,15 @@ fn disk(info: DiskInfo, store_damage: &[String]) -> DiskSummary {
             })
             .collect(),
         damage,
+    }
+}
+
+pub(super) fn collected(done: afterimage_seed::engine::Collected) -> CollectReport {
+    CollectReport {
+        destaged: done.destaged,
+        rewritten: done.rewritten,
+        dropped: done.dropped,
+        freed_bytes: done.freed_bytes,
+        written_bytes: done.written_bytes,
     }
 }

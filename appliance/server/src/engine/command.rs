@@ -1,6 +1,7 @@
 //! What the rest of the daemon asks of the engine.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{
     AgentId, BlockDevice, DiskId, Epoch, HistoryId, Lsn, MachineId, PointId, Timestamp,
@@ -8,10 +9,13 @@ use afterimage_blockdev::{
 use afterimage_cache::Frame;
 use afterimage_protocol::message::{DiskDescription, ForkPoint};
 use afterimage_protocol::rest::ApiError;
-use afterimage_protocol::rest::server::{AddressableRange, Point, VerifyReport};
+use afterimage_protocol::rest::policy::{MachinePolicy, SetPolicy};
+use afterimage_protocol::rest::server::{AddressableRange, CollectReport, Point, VerifyReport};
 use afterimage_protocol::{Refusal, RefusalCode};
 use crossbeam::channel::{Sender, TrySendError};
 use tokio::sync::oneshot;
+
+use super::files::FileCommand;
 
 /// Names an open stream within the engine. A stream that was taken over or closed is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -20,8 +24,9 @@ pub struct StreamKey(pub u64);
 /// Where the engine tells a connection what happened to its stream. Called on the engine thread:
 /// implementations only set flags or coalesce, they never block.
 pub trait StreamEvents: Send + Sync {
-    /// Everything up to `durable` is durable; `queued_bytes` of this stream wait in the engine.
-    fn durable(&self, durable: Lsn, queued_bytes: u64);
+    /// Everything up to `durable` was on disk at `synced` and is visible to views now;
+    /// `queued_bytes` of this stream wait in the engine.
+    fn durable(&self, durable: Lsn, synced: Instant, queued_bytes: u64);
     /// A bulk frame is durable.
     fn bulk_durable(&self, number: u64);
     /// A mark is wanted.
@@ -206,8 +211,8 @@ pub struct EngineStatus {
     pub paused: Option<Refusal>,
     /// The machines.
     pub machines: Vec<MachineSummary>,
-    /// Milliseconds from receipt to durability of the newest commit.
-    pub cache_ms: u64,
+    /// How far the wall clock is ahead of where it should be, while it is not trusted.
+    pub clock_ahead: Option<Duration>,
 }
 
 /// A question whose answer goes to `reply`.
@@ -249,15 +254,44 @@ pub enum Command {
         /// The durable point.
         reply: Reply<Result<Point, ApiError>>,
     },
-    /// Deletes a point.
-    DeletePoint {
+    /// Deletes points: all of them or none.
+    DeletePoints {
         /// The machine's name or identity.
         machine: String,
-        /// The point's name.
-        name: String,
+        /// The points' names.
+        names: Vec<String>,
         /// Durable when answered.
         reply: Reply<Result<(), ApiError>>,
     },
+    /// Locks points, or lengthens their locks: all of them or none.
+    LockPoints {
+        /// The machine's name or identity.
+        machine: String,
+        /// The points' names.
+        names: Vec<String>,
+        /// Until when.
+        until: Timestamp,
+        /// Durable when answered.
+        reply: Reply<Result<(), ApiError>>,
+    },
+    /// Shows a machine's policy.
+    GetPolicy {
+        /// The machine's name or identity.
+        machine: String,
+        /// The policy.
+        reply: Reply<Result<MachinePolicy, ApiError>>,
+    },
+    /// Changes a machine's policy.
+    SetPolicy {
+        /// The machine's name or identity.
+        machine: String,
+        /// What it shall be.
+        wanted: SetPolicy,
+        /// The policy, durable.
+        reply: Reply<Result<MachinePolicy, ApiError>>,
+    },
+    /// Says that the wall clock is right.
+    ConfirmClock(Reply<Result<(), ApiError>>),
     /// Lists points.
     ListPoints {
         /// The machine's name or identity.
@@ -277,8 +311,12 @@ pub enum Command {
     DropBranch(HistoryId, Reply<Result<(), ApiError>>),
     /// Describes everything.
     Status(Reply<EngineStatus>),
+    /// Gives back the space of what nobody needs.
+    Collect(Reply<Result<CollectReport, ApiError>>),
     /// Reads and checks every byte of the store.
     Verify(Reply<Result<VerifyReport, ApiError>>),
+    /// Asks about the files of the store.
+    Files(FileCommand),
     /// Takes the orphaned epoch of a machine away from its present writer.
     Fence {
         /// The machine.

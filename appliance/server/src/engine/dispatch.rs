@@ -20,6 +20,7 @@ use super::command::{
     BranchOpened, Command, DiskOpened, OpenDisk, OpenRequest, PointPage, Reply, StreamKey,
     StreamOpened, ViewOpened, ViewRequest,
 };
+use super::policy;
 use super::thread::{EngineThread, files_of, snapshot_of};
 
 fn unexpected() -> SeedError {
@@ -75,13 +76,40 @@ impl EngineThread {
                     },
                 );
             }
-            Command::DeletePoint {
+            Command::DeletePoints {
                 machine,
-                name,
+                names,
                 reply,
             } => {
-                self.answer(Request::DeletePoint { machine, name }, reply, done);
+                self.answer(Request::DeletePoints { machine, names }, reply, done);
             }
+            Command::LockPoints {
+                machine,
+                names,
+                until,
+                reply,
+            } => {
+                let request = Request::LockPoints {
+                    machine,
+                    names,
+                    until,
+                };
+                self.answer(request, reply, done);
+            }
+            Command::GetPolicy { machine, reply } => {
+                self.answer(Request::GetPolicy { machine }, reply, policy::picked);
+            }
+            Command::SetPolicy {
+                machine,
+                wanted,
+                reply,
+            } => match policy::request(machine, wanted) {
+                Ok(request) => self.answer(request, reply, policy::picked),
+                Err(error) => {
+                    let _gone = reply.send(Err(error));
+                }
+            },
+            Command::ConfirmClock(reply) => self.answer(Request::ConfirmClock, reply, done),
             Command::ListPoints {
                 machine,
                 after,
@@ -114,11 +142,18 @@ impl EngineThread {
                 Box::new(move |thread, result| {
                     if let Ok(Response::Info(info)) = result {
                         let (_, free) = super::room(&*thread.storage);
-                        let _gone = reply.send(answer::status(info, free, thread.cache_ms));
+                        let _gone = reply.send(answer::status(info, free));
                     }
                 }),
             ),
+            Command::Collect(reply) => {
+                self.answer(Request::Collect, reply, |response| match response {
+                    Response::Collected(done) => Some(answer::collected(done)),
+                    _ => None,
+                });
+            }
             Command::Verify(reply) => self.verify(reply),
+            Command::Files(command) => self.files(command),
             Command::Fence {
                 machine,
                 origin,
@@ -316,7 +351,10 @@ impl EngineThread {
                 let storage = Arc::clone(&thread.storage) as Arc<dyn Storage>;
                 let store = thread.engine.store();
                 let points = thread.engine.cuts();
+                let pin = thread.engine.pin_files();
                 let run = move || {
+                    // The files stay until all is read.
+                    let _pin = pin;
                     let report = result
                         .map(files_of)
                         .and_then(|files| verify_all(&*storage, store, &files, &points));
@@ -399,25 +437,14 @@ fn verify_all(
     for file in files {
         verify_file(storage, store, *file, &mut found)?;
     }
-    let describe = |report: &afterimage_seed::verify::DamageReport| {
-        let mut text = format!("{} at {}: {}", report.file, report.offset, report.damage);
-        if let Some((history, lsn)) = report.hurts {
-            let hurt: Vec<_> = points
-                .iter()
-                .filter(|point| point.1 == history && point.2 >= lsn)
-                .map(|point| point.0.as_str())
-                .collect();
-            text.push_str(&format!("; may hurt {} points", hurt.len()));
-            if let Some(first) = hurt.first() {
-                text.push_str(&format!(", the first is {first}"));
-            }
-        }
-        text
-    };
     Ok(VerifyReport {
         segments: found.files,
         slots: found.slots,
         bytes: found.bytes,
-        damage: found.damage.iter().map(describe).collect(),
+        damage: found
+            .damage
+            .iter()
+            .map(|report| crate::scrub::describe(report, points))
+            .collect(),
     })
 }

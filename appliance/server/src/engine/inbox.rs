@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{StorageCompleter, StorageCompletion};
 use afterimage_cache::Frame;
@@ -20,7 +20,8 @@ pub(super) enum FromBranch {
 
 #[derive(Default)]
 struct Contents {
-    completions: Vec<StorageCompletion>,
+    /// Each with the time at which it arrived.
+    completions: Vec<(StorageCompletion, Instant)>,
     branches: VecDeque<FromBranch>,
     is_awake: bool,
 }
@@ -44,7 +45,7 @@ impl Inbox {
 
     pub(super) fn take(
         &self,
-        completions: &mut Vec<StorageCompletion>,
+        completions: &mut Vec<(StorageCompletion, Instant)>,
         branches: &mut VecDeque<FromBranch>,
     ) {
         let mut contents = self.contents.lock();
@@ -69,8 +70,9 @@ impl Inbox {
 
 impl StorageCompleter for Inbox {
     fn complete(&self, completion: StorageCompletion) {
+        let arrived = Instant::now();
         let mut contents = self.contents.lock();
-        contents.completions.push(completion);
+        contents.completions.push((completion, arrived));
         if !contents.is_awake {
             contents.is_awake = true;
             self.arrived.notify_one();

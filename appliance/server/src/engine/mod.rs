@@ -4,7 +4,9 @@
 mod answer;
 pub mod command;
 mod dispatch;
+mod files;
 mod inbox;
+mod policy;
 mod start;
 mod thread;
 
@@ -15,6 +17,7 @@ pub use command::{
     HistorySummary, MachineSummary, OpenDisk, OpenRequest, PointPage, StreamEvents, StreamKey,
     StreamOpened, ViewOpened, ViewRequest,
 };
+pub use files::{Cut, FileCommand, StoreFiles};
 pub use start::{EngineSettings, start};
 
 /// All bytes and free bytes of the medium; zeroes when it does not say.

@@ -37,6 +37,12 @@ pub struct EngineSettings {
     pub flush_entries: usize,
     /// Time between crash marks.
     pub crash_mark_interval: Duration,
+    /// Time between two collections of what nobody needs.
+    pub collect_interval: Duration,
+    /// Bytes of the log beyond which its oldest segments are destaged.
+    pub cache_bytes: Option<u64>,
+    /// How often points are thinned and journal windows move.
+    pub retention_interval: Duration,
     /// How long after the last data the log writes an idle commit.
     pub idle_commit: Duration,
     /// Wait before a full medium is tried again.
@@ -114,6 +120,9 @@ pub fn start(settings: &EngineSettings) -> Result<(EngineHandle, JoinHandle<()>)
         segment_bytes: settings.segment_bytes,
         flush_entries: settings.flush_entries,
         crash_mark_interval: settings.crash_mark_interval,
+        collect_interval: settings.collect_interval,
+        cache_bytes: settings.cache_bytes.unwrap_or(u64::MAX),
+        retention_interval: settings.retention_interval,
         idle_commit: settings.idle_commit,
         retry: settings.retry,
         ..EngineOptions::default()

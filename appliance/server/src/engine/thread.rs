@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{
     Clock, Entropy, Monotonic, RealStorage, Storage, StorageCompleter, StorageCompletion,
@@ -45,9 +45,8 @@ pub(super) struct EngineThread {
     wake_at: Monotonic,
     next_branch_tick: Monotonic,
     is_over: bool,
-    /// When the oldest frame that is not durable yet was taken, and how long the last one took.
-    taken_at: VecDeque<Monotonic>,
-    pub(super) cache_ms: u64,
+    /// When the medium gave what the engine is told now.
+    arrived: Instant,
 }
 
 impl EngineThread {
@@ -76,22 +75,23 @@ impl EngineThread {
             wake_at: Monotonic(0),
             next_branch_tick: Monotonic(0),
             is_over: false,
-            taken_at: VecDeque::new(),
-            cache_ms: 0,
+            arrived: Instant::now(),
         }
     }
 
     pub(super) fn run(mut self, ready: Sender<Result<(), ApiError>>) {
         let mut ready = Some(ready);
         self.step(Input::Start, &mut ready);
-        let mut completions: Vec<StorageCompletion> = Vec::new();
+        let mut completions: Vec<(StorageCompletion, Instant)> = Vec::new();
         let mut from_branches = VecDeque::new();
         while !self.is_over {
             self.inbox.take(&mut completions, &mut from_branches);
             let mut is_idle = completions.is_empty() && from_branches.is_empty();
-            for completion in completions.drain(..) {
+            for (completion, arrived) in completions.drain(..) {
+                self.arrived = arrived;
                 self.step(Input::Storage(completion), &mut ready);
             }
+            self.arrived = Instant::now();
             for from in from_branches.drain(..) {
                 self.take_from_branch(from, &mut ready);
             }
@@ -146,9 +146,6 @@ impl EngineThread {
 
     /// Gives the engine an input once it runs.
     pub(super) fn give(&mut self, input: Input) {
-        if matches!(input, Input::Frame(..)) {
-            self.taken_at.push_back(self.clock.monotonic());
-        }
         self.step(input, &mut None);
     }
 
@@ -196,12 +193,8 @@ impl EngineThread {
                 durable,
                 queued_bytes,
             } => {
-                if let Some(taken) = self.taken_at.pop_front() {
-                    let took = self.clock.monotonic().since(taken).as_millis();
-                    self.cache_ms = u64::try_from(took).unwrap_or(u64::MAX);
-                }
                 if let Some(events) = self.streams.get(&stream) {
-                    events.durable(durable, queued_bytes);
+                    events.durable(durable, self.arrived, queued_bytes);
                 } else if let Some(branch) = self.branches.get(&stream).and_then(Weak::upgrade) {
                     branch.durable(durable);
                 }
@@ -238,6 +231,26 @@ impl EngineThread {
                 }
             }
             Event::Resumed => tracing::info!("ingest goes on"),
+            Event::ClockFrozen { ahead } => {
+                tracing::warn!(
+                    ?ahead,
+                    "the wall clock jumped; no lock ends until it is confirmed"
+                );
+            }
+            Event::Thinned { points } => tracing::info!(points, "points were thinned"),
+            Event::Merged { runs, left_out } => {
+                tracing::info!(runs, left_out, "runs were merged");
+            }
+            Event::Collected(done) => tracing::info!(?done, "what nobody needs was collected"),
+            Event::WindowShortened { machine, window } => {
+                tracing::warn!(%machine, ?window, "no room: a journal window is shortened");
+            }
+            Event::PointsYielded { machine, count } => {
+                tracing::warn!(%machine, count, "no room: the oldest points are dropped");
+            }
+            Event::MergeGivenUp { why } => {
+                tracing::warn!(%why, "a merge of runs is put off");
+            }
         }
     }
 
@@ -289,7 +302,7 @@ impl EngineThread {
         self.stopping.push(reply);
         let (mut none, mut from) = (Vec::new(), VecDeque::new());
         self.inbox.take(&mut none, &mut from);
-        for completion in none {
+        for (completion, _) in none {
             self.give(Input::Storage(completion));
         }
         for from in from {

@@ -1,9 +1,10 @@
 //! One connection: what its reader does with each message.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
 
-use afterimage_blockdev::{DiskId, ErrorClass, Lsn};
+use afterimage_blockdev::{DiskId, ErrorClass, Lsn, MachineId};
 use afterimage_protocol::message::{DiskDescription, FromReceiver, SourceReport, StreamId};
 use afterimage_protocol::receiver::{Action, Limits, OpenWanted, Receiver, StreamIdentity};
 use afterimage_protocol::{Refusal, RefusalCode};
@@ -20,7 +21,8 @@ use crate::appliance::PROGRAM;
 use crate::ca::PeerCertificate;
 use crate::config::ms;
 use crate::daemon::stopped;
-use crate::engine::{Command, EngineGone, OpenDisk, OpenRequest, StreamKey};
+use crate::engine::{Command, DiskOpened, EngineGone, OpenDisk, OpenRequest, StreamKey};
+use crate::seeds::Asked;
 
 /// Questions of a connection that the engine works on at once.
 const COMPARES_MAX: usize = 4;
@@ -110,11 +112,7 @@ impl Connection {
     }
 
     async fn close(&self, key: Option<StreamKey>) {
-        if let Some(key) = key
-            && let Err(EngineGone) = self.ingest.appliance.engine.send(Command::Close(key)).await
-        {
-            tracing::debug!("the engine was gone before a stream");
-        }
+        self.ingest.close(key).await;
     }
 
     async fn read_all<R: AsyncRead + Unpin>(&self, from: &mut R) {
@@ -244,6 +242,9 @@ impl Connection {
     async fn open(&self, wanted: OpenWanted) -> Result<(), EngineGone> {
         let (stream, identity) = (wanted.stream, wanted.identity);
         let machine = wanted.name.clone();
+        let slot = Arc::new(EventSlot::new(Arc::clone(&self.shared.wake)));
+        let live = &self.ingest.appliance.live;
+        live.add(identity.origin, identity.machine, &slot);
         if let Err(refusal) = grant::authorize(
             &self.ingest.appliance.catalogue,
             &self.certificate,
@@ -257,7 +258,6 @@ impl Connection {
             self.refuse(stream, refusal).await;
             return Ok(());
         }
-        let slot = Arc::new(EventSlot::new(Arc::clone(&self.shared.wake)));
         let live = LiveStream {
             identity,
             key: None,
@@ -271,7 +271,7 @@ impl Connection {
             parent: wanted.parent,
             origin: identity.origin,
             epoch: identity.epoch,
-            events: slot,
+            events: Arc::<EventSlot>::clone(&slot),
         };
         let engine = &self.ingest.appliance.engine;
         match engine.ask(|reply| Command::Open(request, reply)).await? {
@@ -283,7 +283,10 @@ impl Connection {
             Ok(opened) => {
                 self.ingest.began();
                 let reports = &self.ingest.appliance.reports;
-                reports.opened(identity.machine, identity.history, opened.key);
+                let delay = Arc::clone(&slot.delay);
+                reports.opened(identity.machine, identity.history, opened.key, delay);
+                let seeds = &self.ingest.appliance.seeds;
+                seeds.opened(identity.machine, &machine, opened.tag_key);
                 let credit_bytes = self.ingest.credit_bytes();
                 let (durable, highest) = (opened.durable, opened.highest);
                 let mut state = self.shared.state.lock();
@@ -311,22 +314,46 @@ impl Connection {
         let disk = description.disk;
         let open = OpenDisk {
             stream: key,
-            description,
+            description: description.clone(),
         };
         let engine = &self.ingest.appliance.engine;
         match engine.ask(|reply| Command::Declare(open, reply)).await? {
             Err(refusal) => self.refuse(stream, refusal).await,
-            Ok(opened) => self.shared.send(FromReceiver::Disk {
-                stream,
-                disk,
-                key: opened.key,
-                secret: opened.secret,
-                has_copy: opened.has_copy,
-                is_in_batch: opened.is_in_batch,
-                bulk_done: opened.bulk_done,
-            }),
+            Ok(mut opened) => {
+                if let Some(seeded) = self.seeded(stream, &description, &opened) {
+                    // What an earlier try brought is compared too: it is here, and not sent again.
+                    (opened.is_in_batch, opened.bulk_done) = (false, seeded);
+                }
+                self.shared.send(FromReceiver::Disk {
+                    stream,
+                    disk,
+                    key: opened.key,
+                    secret: opened.secret,
+                    has_copy: opened.has_copy,
+                    is_in_batch: opened.is_in_batch,
+                    bulk_done: opened.bulk_done,
+                });
+            }
         }
         Ok(())
+    }
+
+    fn seeded(
+        &self,
+        stream: StreamId,
+        description: &DiskDescription,
+        opened: &DiskOpened,
+    ) -> Option<Vec<(u64, u64)>> {
+        let machine = self
+            .shared
+            .state
+            .lock()
+            .streams
+            .get(&stream)?
+            .identity
+            .machine;
+        let seeds = &self.ingest.appliance.seeds;
+        seeds.declared(machine, description, opened)
     }
 
     async fn append(
@@ -336,6 +363,7 @@ impl Connection {
         range: (Lsn, Lsn),
         bytes: Vec<u8>,
     ) -> Result<(), EngineGone> {
+        let received = Instant::now();
         let frame = match accept(bytes, identity, false) {
             Ok(frame) if (frame.header.first, frame.header.last) == range => frame,
             Ok(_) => {
@@ -348,9 +376,15 @@ impl Connection {
                 return Ok(());
             }
         };
-        let Some(key) = self.key(stream) else {
+        let (key, slot) = match self.shared.state.lock().streams.get(&stream) {
+            Some(live) => (live.key, Arc::clone(&live.slot)),
+            None => return Ok(()),
+        };
+        let Some(key) = key else {
             return Ok(());
         };
+        slot.delay.received(frame.header.last, received);
+        self.ingest.appliance.seeds.received(identity, &frame);
         self.ingest
             .appliance
             .engine
@@ -398,6 +432,7 @@ impl Connection {
             .await
             .map_err(|_| EngineGone)?;
         let (reply, answer) = tokio::sync::oneshot::channel();
+        let seeded = self.asked_of_seed(stream, key, (disk, first_block), &tags);
         let command = Command::Compare {
             stream: key,
             disk,
@@ -408,7 +443,13 @@ impl Connection {
         self.ingest.appliance.engine.send(command).await?;
         let (shared, ingest) = (Arc::clone(&self.shared), Arc::clone(&self.ingest));
         tokio::spawn(async move {
-            let Ok(answer) = answer.await else { return };
+            let Ok(mut answer) = answer.await else { return };
+            if let (Ok(differs), Some((asked, slot))) = (&mut answer, seeded) {
+                let appliance = &ingest.appliance;
+                asked
+                    .take(&appliance.seeds, &appliance.engine, &slot, differs)
+                    .await;
+            }
             let is_same = shared
                 .state
                 .lock()
@@ -438,6 +479,47 @@ impl Connection {
         Ok(())
     }
 
+    /// The question again for the seed of a disk, if there is one.
+    fn asked_of_seed(
+        &self,
+        stream: StreamId,
+        key: StreamKey,
+        (disk, first_block): (DiskId, u64),
+        tags: &[[u8; 16]],
+    ) -> Option<(Asked, Weak<EventSlot>)> {
+        let (identity, slot) = {
+            let state = self.shared.state.lock();
+            let live = state.streams.get(&stream)?;
+            (live.identity, Arc::downgrade(&live.slot))
+        };
+        let appliance = &self.ingest.appliance;
+        let asked = Asked {
+            key,
+            identity,
+            disk,
+            first_block,
+            tags: tags.to_vec(),
+            time: appliance.now(),
+        };
+        let is_seeded = appliance.seeds.is_active(identity.machine, disk);
+        is_seeded.then_some((asked, slot))
+    }
+
+    /// Drops the seeds of disks whose copies are whole.
+    fn drop_served_seeds(&self, machine: MachineId, report: &SourceReport) {
+        let appliance = &self.ingest.appliance;
+        for ((name, disk), taken) in appliance.seeds.served(machine, &report.disks) {
+            let text = format!("the seed of {name}/{disk} has served: {taken} bytes were taken");
+            appliance.events.note("seed-served", text);
+            let seeds = Arc::clone(&appliance.seeds);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = seeds.drop_seed(&name, &disk) {
+                    tracing::warn!(%error, "a seed that has served stays");
+                }
+            });
+        }
+    }
+
     fn report(&self, stream: StreamId, report: SourceReport) {
         let now = self.ingest.appliance.now();
         let state = self.shared.state.lock();
@@ -450,6 +532,8 @@ impl Connection {
             .taken(stream)
             .is_some_and(|taken| report.captured > taken);
         let machine = live.identity.machine;
+        drop(state);
+        self.drop_served_seeds(machine, &report);
         self.ingest
             .appliance
             .reports

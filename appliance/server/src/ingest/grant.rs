@@ -38,10 +38,20 @@ pub(super) async fn authorize(
         Ok(Some(Grant::Nobody)) => Err(no_grant(format!(
             "agent {agent} has no grant for machine {machine}"
         ))),
-        Ok(None) => Err(no_grant(format!(
-            "the certificate of agent {agent} was revoked"
-        ))),
+        Ok(None) => Err(revoked(agent)),
         Err(error) => Err(catalogue_failed(&error)),
+    }
+}
+
+/// The agent's certificates are worthless.
+pub(crate) fn revoked(agent: AgentId) -> Refusal {
+    Refusal {
+        code: RefusalCode::NoGrant,
+        class: ErrorClass::Refused,
+        message: format!("the certificate of agent {agent} was revoked"),
+        hint: "enrol again with an empty state directory, a new token (`aft token create` at the \
+               appliance) and another --machine-name; what is kept stays under the old name"
+            .to_owned(),
     }
 }
 
@@ -56,7 +66,8 @@ fn no_grant(message: String) -> Refusal {
     }
 }
 
-fn held_by_other(machine: &str, agent: AgentId, holder: AgentId) -> Refusal {
+/// Another agent holds the machine.
+pub(crate) fn held_by_other(machine: &str, agent: AgentId, holder: AgentId) -> Refusal {
     Refusal {
         code: RefusalCode::HeldByOther,
         class: ErrorClass::Refused,

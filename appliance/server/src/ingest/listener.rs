@@ -17,6 +17,7 @@ use super::outgoing::LiveStream;
 use crate::appliance::Appliance;
 use crate::config::ms;
 use crate::daemon::stopped;
+use crate::engine::{Command, EngineGone, StreamKey};
 use crate::tls;
 
 /// Bytes read from a socket at once. TLS by itself asks for 4 KiB, which costs a system call for
@@ -56,6 +57,15 @@ impl Ingest {
 
     pub(super) fn began(&self) {
         self.streams_open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Tells the engine that a stream is over, if it was open there.
+    pub(super) async fn close(&self, key: Option<StreamKey>) {
+        if let Some(key) = key
+            && let Err(EngineGone) = self.appliance.engine.send(Command::Close(key)).await
+        {
+            tracing::debug!("the engine was gone before a stream");
+        }
     }
 
     /// A stream that may have been open is over.

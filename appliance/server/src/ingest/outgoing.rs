@@ -113,8 +113,8 @@ impl Shared {
             .add_permits(usize::try_from(outstanding).unwrap_or(0));
     }
 
-    /// Turns what the engine told into messages, and takes all that wait. Also gives the streams
-    /// that the engine has ended.
+    /// Turns what the slots were told into messages, and takes all that wait. Also gives the
+    /// streams that are over by it.
     fn collect(&self, credit_bytes: u64) -> (VecDeque<FromReceiver>, Vec<LiveStream>, bool) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
@@ -173,6 +173,8 @@ pub(super) async fn write_all<W: AsyncWrite + Unpin>(
         let (messages, over, is_closing) = shared.collect(ingest.credit_bytes());
         for stream in over {
             ingest.ended(&stream);
+            // It may have been cut here, and then the engine does not know yet.
+            ingest.close(stream.key).await;
         }
         if messages.is_empty() {
             if is_closing {

@@ -7,10 +7,11 @@ use afterimage_blockdev::{HistoryId, MachineId, Timestamp};
 use afterimage_protocol::message::SourceReport;
 use parking_lot::Mutex;
 
+use super::delay::Delay;
 use crate::engine::StreamKey;
 
 /// The last report of a machine.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct Reported {
     /// The stream that it came by.
     pub stream: StreamKey,
@@ -24,6 +25,8 @@ pub struct Reported {
     pub received: Timestamp,
     /// When it came, records were waiting at the source.
     pub is_behind: bool,
+    /// How long frames of that stream take here.
+    pub delay: Arc<Delay>,
 }
 
 /// The last report of every machine; bounded by the number of machines with a grant.
@@ -34,7 +37,13 @@ pub struct Reports {
 
 impl Reports {
     /// A stream of the machine was opened.
-    pub fn opened(&self, machine: MachineId, history: HistoryId, stream: StreamKey) {
+    pub fn opened(
+        &self,
+        machine: MachineId,
+        history: HistoryId,
+        stream: StreamKey,
+        delay: Arc<Delay>,
+    ) {
         let received = Timestamp::default();
         let (is_connected, is_behind, report) = (true, false, None);
         let new = Reported {
@@ -44,6 +53,7 @@ impl Reports {
             report,
             received,
             is_behind,
+            delay: Arc::clone(&delay),
         };
         let mut machines = self.machines.lock();
         let entry = machines.entry(machine).or_insert_with(|| new.clone());
@@ -51,6 +61,7 @@ impl Reports {
         if entry.history == history {
             entry.stream = stream;
             entry.is_connected = true;
+            entry.delay = delay;
         } else {
             *entry = new;
         }

@@ -1,15 +1,21 @@
-//! Where the engine leaves what happened to a stream, until the connection's writer comes by.
+//! Where the engine, and whoever cuts a stream, leave what happened to it, until the connection's
+//! writer comes by.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use afterimage_blockdev::{ErrorClass, Lsn};
 use afterimage_protocol::message::MarkRequestKind;
 use afterimage_protocol::{Refusal, RefusalCode};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
+use super::delay::Delay;
 use crate::engine::StreamEvents;
 
+/// Numbers of bulk from here on are not the source's own.
+const SEEDED_FROM: u64 = 1 << 63;
 /// Marks that wait to be asked for, at most.
 const MARKS_MAX: usize = 256;
 
@@ -32,15 +38,21 @@ pub(super) struct Pending {
 }
 
 /// The slot of one stream. Numbers of bulk frames in it are bounded by the stream's credit.
-pub(super) struct EventSlot {
+pub(crate) struct EventSlot {
+    /// How long its frames take.
+    pub(super) delay: Arc<Delay>,
     pending: Mutex<Pending>,
+    /// Bulk that was taken from a seed: the source did not send it, and is not told of it.
+    seeded: Mutex<BTreeMap<u64, oneshot::Sender<()>>>,
     wake: Arc<Notify>,
 }
 
 impl EventSlot {
     pub(super) fn new(wake: Arc<Notify>) -> Self {
         Self {
+            delay: Arc::new(Delay::new(Instant::now())),
             pending: Mutex::default(),
+            seeded: Mutex::default(),
             wake,
         }
     }
@@ -55,6 +67,19 @@ impl EventSlot {
         self.pending.lock().refused.take()
     }
 
+    /// Gives a number for bulk from a seed, and what tells that it is durable.
+    pub(crate) fn expect_seeded(&self) -> (u64, oneshot::Receiver<()>) {
+        let (sender, durable) = oneshot::channel();
+        let mut seeded = self.seeded.lock();
+        let last = seeded
+            .last_key_value()
+            .map_or(SEEDED_FROM, |(last, _)| *last);
+        // Numbers that are durable may come again: nobody waits for them any more.
+        let number = last.wrapping_add(1).max(SEEDED_FROM);
+        seeded.insert(number, sender);
+        (number, durable)
+    }
+
     fn change(&self, change: impl FnOnce(&mut Pending)) {
         change(&mut self.pending.lock());
         self.wake.notify_one();
@@ -62,7 +87,8 @@ impl EventSlot {
 }
 
 impl StreamEvents for EventSlot {
-    fn durable(&self, durable: Lsn, _queued_bytes: u64) {
+    fn durable(&self, durable: Lsn, synced: Instant, _queued_bytes: u64) {
+        self.delay.durable(durable, synced, Instant::now());
         self.change(|pending| {
             pending.durable = pending.durable.max(Some(durable));
             pending.paused = None;
@@ -70,6 +96,12 @@ impl StreamEvents for EventSlot {
     }
 
     fn bulk_durable(&self, number: u64) {
+        if number >= SEEDED_FROM {
+            if let Some(waiting) = self.seeded.lock().remove(&number) {
+                let _gone = waiting.send(());
+            }
+            return;
+        }
         self.change(|pending| pending.bulk.push(number));
     }
 
@@ -103,6 +135,9 @@ impl StreamEvents for EventSlot {
     }
 
     fn refused(&self, refusal: &Refusal) {
-        self.change(|pending| pending.refused = Some(refusal.clone()));
+        // The first reason is the one that counts.
+        self.change(|pending| {
+            pending.refused.get_or_insert_with(|| refusal.clone());
+        });
     }
 }

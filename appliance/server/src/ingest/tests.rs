@@ -228,6 +228,37 @@ async fn a_revoked_agent_opens_nothing() {
     assert!(refused.message.contains("revoked"), "{}", refused.message);
 }
 
+/// A stream that is open ends as soon as its right is gone, and the engine hears of it; those of
+/// others go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_is_cut_when_its_right_is_taken() {
+    for is_revoked in [true, false] {
+        let fixture = Fixture::start();
+        let (address, _service) = fixture.serve_data().await;
+        let agent = fixture.granted(AGENT, MACHINE);
+        let mut wire = opened(&fixture, address, &agent).await;
+        let key = fixture.engine.wait(|told| told.opened.first().copied());
+        let (live, other) = (&fixture.appliance.live, AgentId([8; 16]));
+        live.cut_agent(other, &super::revoked(other));
+        live.cut_machine(MACHINE, AGENT, &super::held_by_other("web", other, AGENT));
+        let expected = if is_revoked {
+            let refusal = super::revoked(AGENT);
+            live.cut_agent(AGENT, &refusal);
+            refusal
+        } else {
+            let refusal = super::held_by_other("web", AGENT, other);
+            live.cut_machine(MACHINE, other, &refusal);
+            refusal
+        };
+        assert_eq!(refusal(&mut wire).await, expected);
+        fixture
+            .engine
+            .wait(|told| told.closed.contains(&key).then_some(()));
+        let reported = fixture.appliance.reports.get(MACHINE).unwrap();
+        assert!(!reported.is_connected);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_durable_is_acknowledged_and_never_before() {
     let fixture = Fixture::start();
@@ -283,7 +314,7 @@ async fn what_is_durable_is_acknowledged_and_never_before() {
     );
 
     let events = fixture.engine.events(key);
-    events.durable(Lsn(3), 0);
+    events.durable(Lsn(3), std::time::Instant::now(), 0);
     let acknowledged = wire.next().await;
     assert!(
         matches!(

@@ -10,7 +10,8 @@ use afterimage_blockdev::{
 };
 use afterimage_protocol::Refusal;
 use afterimage_protocol::rest::ApiError;
-use afterimage_protocol::rest::server::{AddressableRange, Point, VerifyReport};
+use afterimage_protocol::rest::policy::MachinePolicy;
+use afterimage_protocol::rest::server::{AddressableRange, CollectReport, Point, VerifyReport};
 use crossbeam::channel::bounded;
 use parking_lot::{Condvar, Mutex};
 
@@ -43,6 +44,8 @@ pub(crate) struct Knows {
     pub(crate) paused: Option<Refusal>,
     pub(crate) refuses_open: Option<Refusal>,
     pub(crate) damage: Vec<String>,
+    pub(crate) policy: Option<MachinePolicy>,
+    pub(crate) clock_ahead: Option<std::time::Duration>,
 }
 
 pub(crate) struct FakeEngine {
@@ -146,11 +149,44 @@ impl FakeEngine {
                 knows.points.push(point.clone());
                 let _gone = reply.send(Ok(point));
             }
-            Command::DeletePoint { name, reply, .. } => {
-                let before = knows.points.len();
-                knows.points.retain(|point| point.name != name);
-                let is_gone = knows.points.len() < before;
-                let _gone = reply.send(if is_gone { Ok(()) } else { Err(missing(&name)) });
+            Command::DeletePoints { names, reply, .. } => {
+                let is_known = |name: &&String| knows.points.iter().any(|p| p.name == **name);
+                let unknown = names.iter().find(|name| !is_known(name));
+                let answer = unknown.map_or(Ok(()), |name| Err(missing(name)));
+                if answer.is_ok() {
+                    knows.points.retain(|point| !names.contains(&point.name));
+                }
+                let _gone = reply.send(answer);
+            }
+            Command::LockPoints {
+                names,
+                until,
+                reply,
+                ..
+            } => {
+                for point in &mut knows.points {
+                    if names.contains(&point.name) {
+                        point.locked_until = Some(until);
+                    }
+                }
+                let _gone = reply.send(Ok(()));
+            }
+            Command::GetPolicy { machine, reply } => {
+                let answer = knows.policy.clone().ok_or_else(|| missing(&machine));
+                let _gone = reply.send(answer);
+            }
+            Command::SetPolicy { wanted, reply, .. } => {
+                let version = knows.policy.as_ref().map_or(0, |known| known.version) + 1;
+                let policy = MachinePolicy {
+                    version,
+                    policy: wanted.policy,
+                };
+                knows.policy = Some(policy.clone());
+                let _gone = reply.send(Ok(policy));
+            }
+            Command::ConfirmClock(reply) => {
+                knows.clock_ahead = None;
+                let _gone = reply.send(Ok(()));
             }
             Command::ListPoints {
                 after,
@@ -185,8 +221,17 @@ impl FakeEngine {
                     free_bytes: 1 << 30,
                     paused: knows.paused.clone(),
                     machines: knows.machines.clone(),
-                    cache_ms: 2,
+                    clock_ahead: knows.clock_ahead,
                 });
+            }
+            Command::Collect(reply) => {
+                let _gone = reply.send(Ok(CollectReport {
+                    destaged: 0,
+                    rewritten: 0,
+                    dropped: 0,
+                    freed_bytes: 0,
+                    written_bytes: 0,
+                }));
             }
             Command::Verify(reply) => {
                 let damage = knows.damage.clone();
@@ -197,6 +242,8 @@ impl FakeEngine {
                     damage,
                 }));
             }
+            // It has no files: whoever asks is told that there is no engine.
+            Command::Files(_) => {}
             Command::Fence {
                 machine,
                 origin,
@@ -251,6 +298,7 @@ pub(crate) fn point(id: u64, name: &str) -> Point {
         history: TRUNK,
         lsn: Lsn(id * 10),
         time: Timestamp(id * 1_000_000_000),
+        locked_until: None,
     }
 }
 

@@ -27,8 +27,9 @@ use crate::ca::{Authority, Lifetime, ServerIdentity};
 use crate::catalogue::{Catalogue, NewCertificate};
 use crate::config::Config;
 use crate::events::EventLog;
-use crate::ingest::{self, Ingest, Reports};
+use crate::ingest::{self, Ingest, LiveStreams, Reports};
 use crate::mounts::{MountPlaces, Mounts};
+use crate::scrub::Scrub;
 use crate::tls::{ClientAuth, server_config};
 
 /// The machine's clock, moved.
@@ -135,16 +136,27 @@ impl Fixture {
             )
             .unwrap(),
         );
+        let events = EventLog::start(catalogue.clone(), Arc::clone(&shared));
+        let scrub = Scrub::start(
+            data_dir,
+            config.scrub_settings(),
+            handle.clone(),
+            events.clone(),
+            Arc::clone(&shared),
+        );
         let appliance = Arc::new(Appliance {
             config,
             engine: handle,
-            events: EventLog::start(catalogue.clone(), Arc::clone(&shared)),
+            scrub: scrub.unwrap(),
+            events,
             catalogue,
             authority,
             clock: shared,
             entropy,
             reports: Reports::default(),
+            live: LiveStreams::default(),
             mounts: Arc::new(mounts),
+            seeds: Arc::default(),
             data_port: 9443,
             control_port: 8443,
         });
@@ -212,7 +224,7 @@ impl Fixture {
         // A machine of its own, which no test uses.
         let spare = MachineId(agent.0.map(|byte| !byte));
         catalogue
-            .enrol(&secret, agent, spare, "spare", &noted, now)
+            .enrol(&secret, agent, spare, &spare.to_string(), &noted, now)
             .unwrap();
         Identity {
             certificate: issued.certificate,

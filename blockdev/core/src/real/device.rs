@@ -94,6 +94,7 @@ impl RealDevice {
             queue_depth: options.queue_depth,
             overflow_max: options.overflow_max,
             threads: options.threads,
+            reapers: 1,
         };
         let worker = Workers::start("device-worker", 1, options.overflow_max.max(1), {
             let shared = Arc::clone(&shared);

@@ -9,9 +9,10 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use super::pool::PoolEngine;
+use super::pool::{self, PoolEngine};
 use super::ring::RingEngine;
 use crate::buffer::IoBuffer;
+use crate::patience;
 
 /// How often the kernel may put off one request without any progress before that is an error.
 const RETRIES_MAX: u16 = 1000;
@@ -37,6 +38,8 @@ pub(super) struct Limits {
     pub(super) overflow_max: usize,
     /// Threads of the twin.
     pub(super) threads: usize,
+    /// Threads that take completions and run what follows them, at most.
+    pub(super) reapers: usize,
 }
 
 /// What a request asks of the kernel.
@@ -172,7 +175,8 @@ impl<D: Delivery> Engine<D> {
         }
     }
 
-    /// Starts a request. When all queues are full, it is delivered as refused, with `EAGAIN`.
+    /// Starts a request; a short read of a thread that may wait is over on return. When all queues
+    /// are full, it is delivered as refused, with `EAGAIN`.
     pub(super) fn submit(&self, request: Request<D>) {
         let is_empty = request
             .buffer
@@ -180,6 +184,10 @@ impl<D: Delivery> Engine<D> {
             .is_some_and(|buffer| buffer.is_empty());
         if is_empty {
             return request.finish(Ok(()));
+        }
+        let length = request.buffer.as_ref().map_or(0, |buffer| buffer.len());
+        if request.action == Action::Read && patience::spend(length) {
+            return pool::perform(request);
         }
         let refused = match self {
             Self::Ring(ring) => ring.submit(request),

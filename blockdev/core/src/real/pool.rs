@@ -32,7 +32,8 @@ impl<D: Delivery> PoolEngine<D> {
     }
 }
 
-fn perform<D: Delivery>(mut request: Request<D>) {
+/// Performs a request on the calling thread.
+pub(super) fn perform<D: Delivery>(mut request: Request<D>) {
     loop {
         let answer =
             call(&mut request).unwrap_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO));

@@ -1,9 +1,10 @@
-//! Requests through one `io_uring`.
+//! Requests through `io_uring`.
 //!
 //! Callers submit inline: they note the request in a slot, write the submission entry and enter
-//! the kernel. One reaper thread waits for completions and delivers them.
+//! the kernel. A reaper thread waits for completions and delivers them. Where deliveries do much
+//! work there are several rings, each with its reaper, that take turns at long requests.
 //!
-//! Always true:
+//! Always true, of each ring:
 //! * The submission queue is touched only under the lock, the completion queue only by the reaper.
 //! * A request sits in its slot from before its entry is written until its completion is taken,
 //!   and each entry has exactly one completion; its number is the slot's.
@@ -15,6 +16,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
@@ -44,17 +46,53 @@ struct Core<D> {
 
 /// The submitters' side. Dropping it waits until everything in flight was delivered.
 pub(super) struct RingEngine<D: Delivery> {
+    rings: Vec<Ring<D>>,
+    turn: AtomicUsize,
+}
+
+/// One ring.
+struct Ring<D: Delivery> {
     core: Arc<Core<D>>,
     reaper: Option<JoinHandle<()>>,
 }
 
+/// Requests from this size on take turns. What follows a short one costs less than another thread
+/// that wakes for it: they share the first ring, whose reaper takes many at once.
+const LONG_BYTES: usize = 128 << 10;
+/// Requests at once from which on another ring is worth while.
+const RING_DEPTH_MIN: u32 = 64;
+
 impl<D: Delivery> RingEngine<D> {
-    /// Makes the ring and starts its reaper.
+    /// Makes the rings and starts their reapers.
     ///
     /// # Errors
     /// When the kernel has no `io_uring`, forbids it, or lacks an operation.
     pub(super) fn start(limits: Limits) -> io::Result<Self> {
         let depth = limits.queue_depth.clamp(1, 16 * 1024);
+        let reapers = u32::try_from(limits.reapers).unwrap_or(u32::MAX);
+        let count = (depth / RING_DEPTH_MIN).clamp(1, reapers.max(1));
+        let overflow_max = limits.overflow_max / count as usize;
+        let rings = (0..count).map(|_| Ring::start(depth / count, overflow_max));
+        Ok(Self {
+            rings: rings.collect::<io::Result<_>>()?,
+            turn: AtomicUsize::new(0),
+        })
+    }
+
+    /// Starts a request, or queues it; hands it back when the queue is full.
+    pub(super) fn submit(&self, request: Request<D>) -> Result<(), Request<D>> {
+        let bytes = request.buffer.as_ref().map_or(0, |buffer| buffer.len());
+        let turn = if bytes < LONG_BYTES {
+            0
+        } else {
+            self.turn.fetch_add(1, Ordering::Relaxed) % self.rings.len()
+        };
+        self.rings[turn].core.submit(request)
+    }
+}
+
+impl<D: Delivery> Ring<D> {
+    fn start(depth: u32, overflow_max: usize) -> io::Result<Self> {
         let ring = IoUring::builder().dontfork().build(depth + 1)?;
         check_operations(&ring)?;
         let queues = Queues {
@@ -66,7 +104,7 @@ impl<D: Delivery> RingEngine<D> {
         let core = Arc::new(Core {
             ring,
             queues: Mutex::new(queues),
-            overflow_max: limits.overflow_max,
+            overflow_max,
         });
         let reaper = thread::Builder::new()
             .name("ring-reaper".to_owned())
@@ -79,26 +117,9 @@ impl<D: Delivery> RingEngine<D> {
             reaper: Some(reaper),
         })
     }
-
-    /// Starts a request, or queues it; hands it back when the queue is full.
-    pub(super) fn submit(&self, request: Request<D>) -> Result<(), Request<D>> {
-        {
-            let mut queues = self.core.queues.lock();
-            let Some(slot) = queues.free.pop() else {
-                if queues.overflow.len() >= self.core.overflow_max {
-                    return Err(request);
-                }
-                queues.overflow.push_back(request);
-                return Ok(());
-            };
-            self.core.start(&mut queues, slot, request);
-        }
-        self.core.enter(1);
-        Ok(())
-    }
 }
 
-impl<D: Delivery> Drop for RingEngine<D> {
+impl<D: Delivery> Drop for Ring<D> {
     fn drop(&mut self) {
         {
             let mut queues = self.core.queues.lock();
@@ -133,6 +154,22 @@ fn check_operations(ring: &IoUring) -> io::Result<()> {
 }
 
 impl<D: Delivery> Core<D> {
+    fn submit(&self, request: Request<D>) -> Result<(), Request<D>> {
+        {
+            let mut queues = self.queues.lock();
+            let Some(slot) = queues.free.pop() else {
+                if queues.overflow.len() >= self.overflow_max {
+                    return Err(request);
+                }
+                queues.overflow.push_back(request);
+                return Ok(());
+            };
+            self.start(&mut queues, slot, request);
+        }
+        self.enter(1);
+        Ok(())
+    }
+
     /// Places a request in a slot and writes its entry.
     fn start(&self, queues: &mut Queues<D>, slot: u32, request: Request<D>) {
         let place = &mut queues.slots[slot as usize];

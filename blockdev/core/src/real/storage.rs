@@ -2,7 +2,8 @@
 //!
 //! Always true:
 //! * Reads, writes and syncs go through the engine; all that may block otherwise goes to one
-//!   worker. The submitter never waits for the medium.
+//!   worker. The submitter never waits for the medium, unless it said that it may
+//!   ([`crate::patience`]).
 //! * A file stays open, whatever its `FileId` became, until its last operation was delivered.
 //! * After a failed sync, no operation but `Close` of that open file reaches the kernel.
 
@@ -13,6 +14,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use parking_lot::RwLock;
 
@@ -26,6 +28,9 @@ use crate::storage::{
     FileId, FileName, Storage, StorageCompleter, StorageCompletion, StorageError, StorageErrorKind,
     StorageOp, StorageOutcome,
 };
+
+/// Threads that take completions, at most.
+const REAPERS_MAX: usize = 4;
 
 /// How a [`RealStorage`] works.
 #[derive(Clone, Debug)]
@@ -91,6 +96,10 @@ impl RealStorage {
             queue_depth: options.queue_depth,
             overflow_max: options.overflow_max,
             threads: options.threads,
+            // Slots are verified and decompressed where their reads complete.
+            reapers: thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(REAPERS_MAX),
         };
         let shared = Arc::new(Shared {
             root: Root::open(root, options.is_direct)?,

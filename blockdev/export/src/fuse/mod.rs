@@ -1,8 +1,10 @@
 //! A tree of files, each of them a device, over `/dev/fuse`.
 //!
 //! Invariants:
-//! * the threads that read `/dev/fuse` carry data and wait for nothing: names are resolved
-//!   elsewhere, and answers go out from whichever thread completes a request;
+//! * the threads that read `/dev/fuse` carry data: names are resolved elsewhere, and answers go
+//!   out from whichever thread completes a request;
+//! * they wait for nothing, but that one of several may wait for a short read when no other read
+//!   or write is under way in the mount;
 //! * no byte of a file is ever in the page cache;
 //! * `fsync` answers what the device's flush says, each time.
 
@@ -32,6 +34,7 @@ use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 use self::file::OpenFiles;
 use self::known::KnownNodes;
 use self::names::Names;
+use self::request::UnderWay;
 use self::server::Server;
 use self::workers::Workers;
 use crate::error::ExportError;
@@ -116,6 +119,8 @@ impl FuseMount {
             names,
             workers,
             max_background: options.max_background.max(1),
+            under_way: UnderWay::default(),
+            may_wait: options.event_threads > 1,
         };
         let kernel = OpenOptions::new()
             .read(true)

@@ -1,6 +1,7 @@
 //! Requests on open files. Each owns its reply, and answers from whichever thread completes it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use afterimage_blockdev::{
     BlockCompleter, BlockCompletion, BlockError, BlockOp, BlockOutcome, IoBuffer, Token,
@@ -29,8 +30,29 @@ pub(super) fn failed(error: &BlockError) -> Errno {
     errno(error.errno())
 }
 
+/// Counts the reads and writes that are under way in a mount.
+#[derive(Clone, Default)]
+pub(super) struct UnderWay(Arc<AtomicUsize>);
+
+impl UnderWay {
+    /// Counts one in; says whether it is alone.
+    pub(super) fn enter(&self) -> (Entered, bool) {
+        let is_alone = self.0.fetch_add(1, Ordering::AcqRel) == 0;
+        (Entered(self.clone()), is_alone)
+    }
+}
+
+/// Counts one out when it is dropped.
+pub(super) struct Entered(UnderWay);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 struct ReadDone {
-    reply: Mutex<Option<ReplyData>>,
+    reply: Mutex<Option<(ReplyData, Entered)>>,
     /// Bytes before the wanted ones, of the widened read.
     skip: usize,
     take: usize,
@@ -38,9 +60,11 @@ struct ReadDone {
 
 impl BlockCompleter for ReadDone {
     fn complete(&self, completion: BlockCompletion) {
-        let Some(reply) = self.reply.lock().take() else {
+        let Some((reply, entered)) = self.reply.lock().take() else {
             return;
         };
+        // Before the answer, so that who waits for it finds nothing under way.
+        drop(entered);
         match completion.result {
             Ok(BlockOutcome::Data(buffer)) => match buffer.get(self.skip..self.skip + self.take) {
                 Some(bytes) => reply.data(bytes),
@@ -53,7 +77,14 @@ impl BlockCompleter for ReadDone {
 }
 
 /// Reads any range; what lies beyond the end is cut off.
-pub(super) fn read(file: &OpenFile, token: Token, offset: u64, length: u32, reply: ReplyData) {
+pub(super) fn read(
+    file: &OpenFile,
+    token: Token,
+    offset: u64,
+    length: u32,
+    entered: Entered,
+    reply: ReplyData,
+) {
     let wanted_end = offset.saturating_add(u64::from(length));
     let end = wanted_end.min(file.size_reaching(wanted_end));
     if offset >= end {
@@ -73,7 +104,7 @@ pub(super) fn read(file: &OpenFile, token: Token, offset: u64, length: u32, repl
         buffer: IoBuffer::zeroed(bytes),
     };
     let done = ReadDone {
-        reply: Mutex::new(Some(reply)),
+        reply: Mutex::new(Some((reply, entered))),
         skip,
         take,
     };
@@ -81,16 +112,17 @@ pub(super) fn read(file: &OpenFile, token: Token, offset: u64, length: u32, repl
 }
 
 struct WriteDone {
-    reply: Mutex<Option<ReplyWrite>>,
+    reply: Mutex<Option<(ReplyWrite, Entered)>>,
     file: Arc<OpenFile>,
     length: u32,
 }
 
 impl BlockCompleter for WriteDone {
     fn complete(&self, completion: BlockCompletion) {
-        let Some(reply) = self.reply.lock().take() else {
+        let Some((reply, entered)) = self.reply.lock().take() else {
             return;
         };
+        drop(entered);
         self.file.gate.leave_shared();
         match completion.result {
             Ok(_) => reply.written(self.length),
@@ -106,6 +138,7 @@ pub(super) fn write(
     offset: u64,
     data: &[u8],
     fua: bool,
+    entered: Entered,
     reply: ReplyWrite,
 ) {
     let Ok(length) = u32::try_from(data.len()) else {
@@ -129,7 +162,7 @@ pub(super) fn write(
         gate.enter_shared(move || {
             let device = Arc::clone(&file.device);
             let done = WriteDone {
-                reply: Mutex::new(Some(reply)),
+                reply: Mutex::new(Some((reply, entered))),
                 file,
                 length,
             };
@@ -146,9 +179,12 @@ pub(super) fn write(
     } else {
         gate.enter_alone(move || {
             let device = Arc::clone(&file.device);
-            let job = Patch::new(file, offset, buffer, fua, move |result| match result {
-                Ok(()) => reply.written(length),
-                Err(error) => reply.error(failed(&error)),
+            let job = Patch::new(file, offset, buffer, fua, move |result| {
+                drop(entered);
+                match result {
+                    Ok(()) => reply.written(length),
+                    Err(error) => reply.error(failed(&error)),
+                }
             });
             chain::run(device, token, Box::new(job));
         });

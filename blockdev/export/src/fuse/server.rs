@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use afterimage_blockdev::{ExtentKind, Token};
+use afterimage_blockdev::{ExtentKind, Token, patience};
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, INodeNo, InitFlags,
     IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
@@ -17,7 +17,7 @@ use fuser::{
 
 use super::chain;
 use super::names::Names;
-use super::request::{self, ZeroKind};
+use super::request::{self, UnderWay, ZeroKind};
 use super::seek::Seek;
 use super::workers::Workers;
 
@@ -31,6 +31,9 @@ pub(super) struct Server {
     pub(super) names: Arc<Names>,
     pub(super) workers: Workers,
     pub(super) max_background: u16,
+    pub(super) under_way: UnderWay,
+    /// Another thread takes requests while one waits.
+    pub(super) may_wait: bool,
 }
 
 impl Server {
@@ -148,7 +151,16 @@ impl Filesystem for Server {
         reply: ReplyData,
     ) {
         match self.names.files.get(handle) {
-            Some(file) => request::read(&file, token(request), offset, size, reply),
+            Some(file) => {
+                let (entered, is_alone) = self.under_way.enter();
+                let token = token(request);
+                let read = || request::read(&file, token, offset, size, entered, reply);
+                if is_alone && self.may_wait {
+                    patience::with(read);
+                } else {
+                    read();
+                }
+            }
             None => reply.error(Errno::EBADF),
         }
     }
@@ -168,7 +180,10 @@ impl Filesystem for Server {
         // The kernel leaves it to us to make a direct write on such a file durable.
         let fua = flags.0 & (libc::O_SYNC | libc::O_DSYNC) != 0;
         match self.names.files.get(handle) {
-            Some(file) => request::write(file, token(request), offset, data, fua, reply),
+            Some(file) => {
+                let (entered, _) = self.under_way.enter();
+                request::write(file, token(request), offset, data, fua, entered, reply);
+            }
             None => reply.error(Errno::EBADF),
         }
     }

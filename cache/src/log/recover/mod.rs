@@ -237,6 +237,8 @@ impl Log {
     fn recovered(&mut self, out: &mut Vec<LogOutput>) {
         let mut recovery = core::mem::take(&mut self.recovery);
         let last_sequence = recovery.expected - 1;
+        let through = recovery.found.iter().map(Found::through).max();
+        self.found_through = through.unwrap_or(0);
         let mut segments = Vec::new();
         let mut before = 0;
         let nexts = recovery.nexts();
@@ -348,6 +350,13 @@ impl Found {
             root: blake3::Hasher::new(),
             end: SECTOR as u64,
         }
+    }
+
+    /// Highest sequence that the file shows to have been there.
+    fn through(&self) -> u64 {
+        let sealed = self.footer.map_or(0, |footer| footer.last_sequence);
+        let before = self.first.map_or(0, |first| first.saturating_sub(1));
+        self.last_sequence.max(sealed).max(before)
     }
 
     fn seal(&self, store: StoreId) -> Sealing {

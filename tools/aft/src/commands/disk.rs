@@ -6,7 +6,7 @@ use std::path::Path;
 use afterimage_blockdev::ErrorClass;
 use afterimage_protocol::message::DiskPhase;
 use afterimage_protocol::rest::agent::{AttachDisk, ProtectDisk, TappedDisk};
-use afterimage_protocol::rest::server::{DiskStatus, MachineStatus};
+use afterimage_protocol::rest::server::{AddressableRange, DiskStatus, MachineStatus};
 
 use super::progress;
 use crate::args::DiskCommand;
@@ -30,6 +30,17 @@ pub(super) async fn run(
         DiskCommand::Show { disk } => show(&disk, server, output).await,
         DiskCommand::Attach { source, name } => attach(&source, name, agent, output).await,
         DiskCommand::Protect { name, wait } => protect(&name, wait, agent, output).await,
+        DiskCommand::Grow { name } => {
+            let path = format!("/v1/disks/{}/grow", segment(&name));
+            let disk: TappedDisk = agent.post(&path, &ProtectDisk {}).await?;
+            output.answer(&disk, || {
+                format!(
+                    "disk {name} has {} bytes, as many as its source",
+                    disk.size_bytes
+                )
+            });
+            Ok(())
+        }
         DiskCommand::Detach { name } => {
             let path = format!("/v1/disks/{}/detach", segment(&name));
             let answer: serde_json::Value = agent.post(&path, &ProtectDisk {}).await?;
@@ -61,13 +72,25 @@ async fn list(machine: Option<String>, server: &Client, output: &Output) -> Resu
     Ok(())
 }
 
-/// Disks of machines as a table.
+/// Older ranges of a disk that a list shows.
+const OLDER_RANGES_MAX: usize = 3;
+
+fn lsns(range: &AddressableRange) -> String {
+    format!("{}..{}", range.first, range.last)
+}
+
+/// Disks of machines as a table. Times and LSNs of a row are those of one range, all of which can
+/// be mounted; a disk has several when there is something between that cannot.
 pub(super) fn table(machines: &[MachineStatus]) -> String {
     let mut table = Table::new(&["DISK", "SIZE", "STATE", "DONE", "FROM", "TO", "LSN", "WHY"]);
     for machine in machines {
         for disk in &machine.disks {
-            let newest = disk.addressable.iter().max_by_key(|range| range.last_time);
-            let oldest = disk.addressable.iter().min_by_key(|range| range.first_time);
+            let mut ranges: Vec<&AddressableRange> = disk.addressable.iter().collect();
+            ranges.sort_by_key(|range| std::cmp::Reverse((range.last_time, range.last)));
+            let (newest, older) = match ranges.split_first() {
+                Some((newest, older)) => (Some(*newest), older),
+                None => (None, ranges.as_slice()),
+            };
             let is_moving = matches!(disk.phase, Some(DiskPhase::Initial | DiskPhase::Resync));
             table.row([
                 format!("{}/{}", machine.name, disk.name),
@@ -78,13 +101,23 @@ pub(super) fn table(machines: &[MachineStatus]) -> String {
                 } else {
                     "-".to_owned()
                 },
-                oldest.map_or("-".to_owned(), |range| output::time(range.first_time)),
+                newest.map_or("-".to_owned(), |range| output::time(range.first_time)),
                 newest.map_or("-".to_owned(), |range| output::time(range.last_time)),
-                newest.map_or("-".to_owned(), |range| {
-                    format!("{}..{}", range.first, range.last)
-                }),
+                newest.map_or("-".to_owned(), lsns),
                 why(disk),
             ]);
+            for range in older.iter().take(OLDER_RANGES_MAX) {
+                let mut cells = [const { String::new() }; 8];
+                cells[0] = "  and before".to_owned();
+                cells[4] = output::time(range.first_time);
+                cells[5] = output::time(range.last_time);
+                cells[6] = lsns(range);
+                table.row(cells);
+            }
+            if older.len() > OLDER_RANGES_MAX {
+                let count = older.len() - OLDER_RANGES_MAX;
+                table.row([format!("  and {count} more ranges: see `aft disk show`")]);
+            }
         }
     }
     table.text()
@@ -105,6 +138,7 @@ pub(super) fn phase(phase: Option<DiskPhase>) -> &'static str {
         Some(DiskPhase::Resync) => "resync",
         Some(DiskPhase::Protected) => "protected",
         Some(DiskPhase::ResyncNeeded) => "resync needed",
+        Some(DiskPhase::SourceError) => "source error",
     }
 }
 
@@ -272,4 +306,71 @@ async fn protect(name: &str, wait: bool, agent: &Client, output: &Output) -> Res
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use afterimage_blockdev::{DiskId, HistoryId, Lsn, Timestamp};
+
+    use super::*;
+
+    fn range(number: u64) -> AddressableRange {
+        AddressableRange {
+            history: HistoryId([1; 16]),
+            first: Lsn(number * 100),
+            last: Lsn(number * 100 + 50),
+            first_time: Timestamp(number * 60_000_000_000),
+            last_time: Timestamp(number * 60_000_000_000 + 30_000_000_000),
+        }
+    }
+
+    fn machine(ranges: u64) -> MachineStatus {
+        let disk = DiskStatus {
+            disk: DiskId([2; 16]),
+            name: "vm".to_owned(),
+            size_bytes: 1 << 30,
+            phase: Some(DiskPhase::Protected),
+            reason: String::new(),
+            done_bytes: 0,
+            total_bytes: 0,
+            has_copy: true,
+            addressable: (1..=ranges).map(range).collect(),
+            damage: Vec::new(),
+        };
+        MachineStatus {
+            machine: afterimage_blockdev::MachineId([3; 16]),
+            name: "web1".to_owned(),
+            history: HistoryId([1; 16]),
+            epoch: afterimage_blockdev::Epoch(1),
+            origin: None,
+            is_connected: true,
+            durable: Lsn(999),
+            point_count: 0,
+            rpo_ms: None,
+            lag: afterimage_protocol::rest::server::StageLag::default(),
+            disks: vec![disk],
+        }
+    }
+
+    /// A row once began with the oldest range and ended with the newest, as if there were no gap.
+    #[test]
+    fn a_row_is_one_range() {
+        let text = table(&[machine(6)]);
+        let words: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        let newest = &words[1];
+        assert_eq!(newest[0], "web1/vm");
+        let ends = ["1970-01-01T00:06:00Z", "1970-01-01T00:06:30Z", "600..650"];
+        assert!(newest.ends_with(&ends), "{text}");
+        let ends = ["1970-01-01T00:05:00Z", "1970-01-01T00:05:30Z", "500..550"];
+        assert!(words[2].ends_with(&ends), "{text}");
+        assert!(
+            text.ends_with("  and 2 more ranges: see `aft disk show`\n"),
+            "{text}"
+        );
+        assert_eq!(words.len(), 1 + 1 + OLDER_RANGES_MAX + 1);
+        assert_eq!(table(&[machine(0)]).lines().count(), 2);
+    }
 }

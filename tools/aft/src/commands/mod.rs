@@ -5,9 +5,16 @@ mod agent;
 mod disk;
 mod machine;
 mod mount;
+mod offline;
+mod pace;
 mod point;
+mod points;
+mod policy;
 mod progress;
+mod scrub;
+mod seed;
 mod status;
+mod store;
 
 use clap::CommandFactory;
 
@@ -29,13 +36,16 @@ pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
         Command::Disk(command) => disk::run(command, &server, &agent, output).await,
         Command::Agent(command) => agent::run(command, &server, &agent, output).await,
         Command::Point(command) => point::run(command, &server, output).await,
+        Command::Policy(command) => policy::run(command, &server, output).await,
         Command::Mount(mount) => mount::mount(mount, &server, output).await,
         Command::Umount {
             target,
             drop_branch,
         } => mount::umount(&target, drop_branch, &server, output).await,
         Command::Mounts => mount::mounts(&server, output).await,
+        Command::Store(command) => store::store(command, &server, output).await,
         Command::Log(command) => admin::log(command, &server, output).await,
+        Command::Seed(command) => seed::run(command, &server, output).await,
         Command::Token(command) => admin::token(command, &server, output).await,
         Command::Cert(command) => admin::cert(command, &server, output).await,
         Command::Events { after, limit } => admin::events(after, limit, &server, output).await,

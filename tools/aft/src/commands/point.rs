@@ -3,6 +3,7 @@
 use afterimage_protocol::rest::server::{CreatePoint, Point, Points};
 
 use super::machine::named_or_only;
+use super::points;
 use crate::args::PointCommand;
 use crate::client::{Client, segment};
 use crate::error::AftError;
@@ -40,20 +41,15 @@ pub(super) async fn run(
             let points = list(&machine, after, limit, server).await?;
             output.answer(&points, || table(&points));
         }
-        PointCommand::Delete { machine, name } => {
-            let path = format!(
-                "/v1/machines/{}/points/{}",
-                segment(&machine),
-                segment(&name)
-            );
-            let () = server.delete(&path).await?;
-            output.answer(&name, || format!("point {name} is deleted"));
+        PointCommand::Delete(selection) => points::delete(selection, server, output).await?,
+        PointCommand::Lock { selection, end } => {
+            points::lock(selection, end, server, output).await?;
         }
     }
     Ok(())
 }
 
-async fn list(
+pub(super) async fn list(
     machine: &str,
     after: u64,
     limit: Option<usize>,
@@ -90,7 +86,15 @@ fn table(points: &Points) -> String {
     if points.points.is_empty() {
         return "There are no such points.\n".to_owned();
     }
-    let mut table = Table::new(&["NUMBER", "NAME", "KIND", "TIME", "LSN", "HISTORY"]);
+    let mut table = Table::new(&[
+        "NUMBER",
+        "NAME",
+        "KIND",
+        "TIME",
+        "LSN",
+        "HISTORY",
+        "LOCKED UNTIL",
+    ]);
     for point in &points.points {
         table.row([
             point.id.to_string(),
@@ -99,6 +103,7 @@ fn table(points: &Points) -> String {
             output::time(point.time),
             point.lsn.to_string(),
             point.history.to_string(),
+            point.locked_until.map_or_else(String::new, output::time),
         ]);
     }
     let mut text = table.text();

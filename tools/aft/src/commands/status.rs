@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use afterimage_protocol::rest::scrub::ScrubStatus;
 use afterimage_protocol::rest::server::{MachineStatus, ServerStatus};
 
 use crate::client::Client;
@@ -30,6 +31,9 @@ fn text(status: &ServerStatus) -> String {
         output::bytes(status.free_bytes),
         output::time(status.now),
     );
+    if let Some(line) = scrub_line(&status.scrub) {
+        let _always_ok = writeln!(text, "{line}\n");
+    }
     for cause in &status.causes {
         let _always_ok = writeln!(text, "! {}", output::printable(cause));
     }
@@ -44,6 +48,25 @@ fn text(status: &ServerStatus) -> String {
     text.push('\n');
     text.push_str(&super::disk::table(&status.machines));
     text
+}
+
+fn scrub_line(scrub: &ScrubStatus) -> Option<String> {
+    let last = scrub.last.as_ref().map(super::scrub::summary);
+    if !scrub.is_running {
+        return last;
+    }
+    let waits = if scrub.is_waiting {
+        ", waiting for ingest"
+    } else {
+        ""
+    };
+    let now = format!(
+        "scrub: {} of {} ({}){waits}",
+        output::bytes(scrub.done_bytes),
+        output::bytes(scrub.total_bytes),
+        output::percent(scrub.done_bytes, scrub.total_bytes)
+    );
+    Some(last.map_or_else(|| now.clone(), |last| format!("{now}; {last}")))
 }
 
 /// Machines as a table.

@@ -272,3 +272,63 @@ fn a_spool_that_writes_nothing_counts_as_failed() {
     };
     assert_eq!((0..5).map(next).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
 }
+
+/// Fills the memory, puts one frame more and acknowledges the first; gives the frames spooled.
+fn spooled_while_the_link_is_fast() -> usize {
+    let rig = Rig::new();
+    (1..=2).for_each(|lsn| rig.put(lsn));
+    rig.store.state.lock().link_is_fast = true;
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| rig.put(3));
+        while rig.store.state.lock().early.is_empty() && !waiting.is_finished() {
+            std::thread::yield_now();
+        }
+        rig.store.acknowledge(Lsn(1));
+    });
+    rig.shelf.appended.lock().len()
+}
+
+#[test]
+fn a_frame_waits_for_a_fast_link() {
+    // On a loaded machine the acknowledgement may come too late, but not always.
+    assert!((0..50).any(|_| spooled_while_the_link_is_fast() == 0));
+}
+
+#[test]
+fn a_link_that_stops_is_waited_for_once() {
+    let rig = Rig::new();
+    (1..=2).for_each(|lsn| rig.put(lsn));
+    rig.store.state.lock().link_is_fast = true;
+    let began = Instant::now();
+    rig.put(3);
+    assert!(began.elapsed() >= PATIENCE);
+    let state = rig.store.state.lock();
+    assert_eq!(rig.shelf.appended.lock().len(), 1);
+    assert!(state.link_is_fast && !state.overflows(1000, &rig.store.limits));
+}
+
+#[test]
+fn a_link_is_fast_by_what_it_took() {
+    let mut state = State::default();
+    let start = Instant::now();
+    state.look_at_link(start);
+    assert!(!state.link_is_fast, "nothing is known");
+    let looks = [
+        (20 << 20, 100, true),
+        (20 << 20, 300, false),
+        (0, 300, false),
+    ];
+    for (bytes, after_ms, is_fast) in looks {
+        state.drained_bytes = bytes;
+        let looked = state.looked.expect("it was looked at");
+        state.look_at_link(looked + Duration::from_millis(after_ms));
+        assert_eq!(
+            state.link_is_fast, is_fast,
+            "{bytes} bytes in {after_ms} ms"
+        );
+    }
+    state.drained_bytes = u64::MAX / 2;
+    let looked = state.looked.expect("it was looked at");
+    state.look_at_link(looked + Duration::from_millis(99));
+    assert!(!state.link_is_fast, "too soon to say");
+}

@@ -1,0 +1,139 @@
+//! What gives way when there is no room: the machine that holds most beyond its share keeps a
+//! shorter journal window, and at its shortest loses its oldest points.
+//!
+//! Invariants
+//! * Only a collection that gave no room leads here, one step each.
+//! * A lock holds, and the last good point of a machine stays, whatever the pressure.
+//! * One machine's churn never shortens another's history: it is always the one over its share.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use afterimage_blockdev::{MachineId, PointId};
+
+use super::points::is_generated_name;
+use super::retention::Applied;
+use super::{AfterCommit, Engine, Event, Output};
+use crate::manifest::{Edit, PointKind};
+use crate::section::Section;
+
+/// A window is halved at most so often.
+const HALVINGS_MAX: u32 = 16;
+/// Part of a machine's points that goes in one step.
+const POINTS_PART: usize = 8;
+
+impl Engine {
+    /// The journal window that a machine gets now.
+    pub(super) fn journal_window(&self, machine: MachineId) -> Duration {
+        let window = self.policy_of(machine).policy.journal_window;
+        let halvings = self.halvings.get(&machine).copied().unwrap_or(0);
+        let shortest = self.options.window_min.min(window);
+        (window / (1 << halvings.min(HALVINGS_MAX))).max(shortest)
+    }
+
+    /// Takes one step of giving way; false when nobody can give anything.
+    pub(super) fn give_way(&mut self, out: &mut Vec<Output>) -> bool {
+        for machine in self.by_excess() {
+            let before = self.journal_window(machine);
+            if before > self.options.window_min {
+                *self.halvings.entry(machine).or_default() += 1;
+                let window = self.journal_window(machine);
+                out.push(Output::Event(Event::WindowShortened { machine, window }));
+                self.raise_floors(out);
+                return true;
+            }
+            let points = self.points_to_yield(machine);
+            if !points.is_empty() {
+                let count = points.len();
+                out.push(Output::Event(Event::PointsYielded { machine, count }));
+                self.yield_points(machine, points, out);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// When there is room again, windows get longer step by step.
+    pub(super) fn recover_windows(&mut self) {
+        for halvings in self.halvings.values_mut() {
+            *halvings = halvings.saturating_sub(1);
+        }
+        self.halvings.retain(|_, halvings| *halvings > 0);
+    }
+
+    /// Machines that hold more than their share, the one with most of it first; all of them when
+    /// there is but one.
+    fn by_excess(&self) -> Vec<MachineId> {
+        let mut held: BTreeMap<MachineId, u64> = BTreeMap::new();
+        for entry in self.histories.values() {
+            let maps = entry.disks.values();
+            let entries = maps.map(|map| {
+                let sections = map.sections.iter().chain(&map.base_parts);
+                let in_sections: u64 = sections.map(|section| entries_of(section)).sum();
+                in_sections + map.entries.len() as u64
+            });
+            *held.entry(entry.machine).or_default() += entries.sum::<u64>();
+        }
+        let share = held.values().sum::<u64>() / (held.len().max(1) as u64);
+        let mut over: Vec<_> = held
+            .into_iter()
+            .filter(|(_, held)| *held >= share)
+            .collect();
+        over.sort_by_key(|(machine, held)| (core::cmp::Reverse(*held), *machine));
+        over.into_iter().map(|(machine, _)| machine).collect()
+    }
+
+    fn raise_floors(&mut self, out: &mut Vec<Output>) {
+        let floors = self.floors_to_raise();
+        let edits = floors.iter().map(|(history, lsn)| Edit::Floor {
+            history: *history,
+            lsn: *lsn,
+        });
+        let edits = edits.collect();
+        let applied = Applied {
+            floors,
+            ..Applied::default()
+        };
+        self.commit(edits, AfterCommit::Retention(applied), out);
+    }
+
+    /// The oldest points of a machine that no lock holds and no person named; one good point stays.
+    fn points_to_yield(&self, machine: MachineId) -> Vec<PointId> {
+        let Some(state) = self.machines.get(&machine) else {
+            return Vec::new();
+        };
+        let good = |kind| kind != PointKind::ResyncIncomplete;
+        let last_good = state.points.values().rfind(|point| good(point.kind));
+        let last_good = last_good.map(|point| point.id);
+        let can_go = |id: &PointId| {
+            let point = &state.points[id];
+            Some(*id) != last_good
+                && is_generated_name(point)
+                && self.held_lock(*id).is_none()
+                && !self.retention.dropping.contains(id)
+        };
+        let free: Vec<_> = state.points.keys().copied().filter(can_go).collect();
+        let count = free.len().div_ceil(POINTS_PART);
+        free.into_iter().take(count).collect()
+    }
+
+    fn yield_points(&mut self, machine: MachineId, points: Vec<PointId>, out: &mut Vec<Output>) {
+        let edits = points
+            .iter()
+            .map(|point| Edit::PointDropped { point: *point });
+        let edits = edits.collect();
+        self.retention.dropping.extend(points.iter().copied());
+        let applied = Applied {
+            dropped: points.into_iter().map(|point| (machine, point)).collect(),
+            ..Applied::default()
+        };
+        self.commit(edits, AfterCommit::Retention(applied), out);
+    }
+}
+
+fn entries_of(section: &Section) -> u64 {
+    match section {
+        Section::Memory { entries, .. } => entries.len() as u64,
+        Section::File { table, .. } => table.entry_count,
+    }
+}
