@@ -665,9 +665,15 @@ fn decode_policy(r: &mut FieldReader<'_>) -> Option<Policy> {
     let keep_application = duration(r)?;
     let (keeps_named, keep_named) = (r.flag()?, duration(r)?);
     let (is_locking, duration) = (r.flag()?, duration(r)?);
-    let kinds = (0..r.u32()?)
+    let kinds: Vec<PointKind> = (0..r.u32()?)
         .map(|_| r.u8().and_then(PointKind::from_code))
         .collect::<Option<_>>()?;
+    // What is absent says nothing.
+    let is_plain = (keeps_named || keep_named.is_zero())
+        && (is_locking || (duration.is_zero() && kinds.is_empty()));
+    if !is_plain {
+        return None;
+    }
     let policy = Policy {
         journal_window,
         tiers,
