@@ -11,7 +11,7 @@ use afterimage_cache::Frame;
 use afterimage_cache::log::{Log, LogInput, LogOptions, LogOutput};
 use parking_lot::Mutex;
 
-use crate::report::count_step;
+use crate::report::{count_step, count_turn};
 
 /// The store of every log in these tests.
 pub const STORE: StoreId = StoreId([0x51; 16]);
@@ -91,7 +91,7 @@ impl LogRig {
 
     /// Performs one storage operation and brings its completion back; false when none can be.
     pub fn run_one(&mut self) -> bool {
-        let has_run = self.storage.run_one();
+        let has_run = count_turn(self.storage.run_one());
         let completions = core::mem::take(&mut *self.inbox.0.lock());
         for completion in completions {
             self.step(LogInput::Storage(completion));

@@ -7,11 +7,19 @@ use std::fmt;
 thread_local! {
     /// Steps on this thread that no report has taken yet: rigs come and go within a campaign.
     static STEPS: Cell<u64> = const { Cell::new(0) };
+    /// Turns, likewise.
+    static TURNS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Counts one input given to a state machine under test; for rigs.
 pub(crate) fn count_step() {
     STEPS.set(STEPS.get() + 1);
+}
+
+/// Counts one operation that the simulated medium performed; for rigs. Gives `has_run` back.
+pub(crate) fn count_turn(has_run: bool) -> bool {
+    TURNS.set(TURNS.get() + u64::from(has_run));
+    has_run
 }
 
 /// How many images were checked, and how often each event happened in them.
@@ -21,6 +29,8 @@ pub struct Report {
     pub images: u64,
     /// Inputs given to the engine or the log, between which the model was kept in step.
     pub steps: u64,
+    /// Operations that the simulated medium performed.
+    pub turns: u64,
     /// Events by name.
     pub events: BTreeMap<&'static str, u64>,
 }
@@ -29,8 +39,10 @@ impl Report {
     /// Runs a campaign on this thread and adds the steps that its rigs counted.
     pub fn of(campaign: impl FnOnce() -> Self) -> Self {
         STEPS.set(0);
+        TURNS.set(0);
         let mut report = campaign();
         report.steps += STEPS.replace(0);
+        report.turns += TURNS.replace(0);
         report
     }
 
@@ -48,6 +60,7 @@ impl Report {
     pub fn merge(&mut self, other: &Self) {
         self.images += other.images;
         self.steps += other.steps;
+        self.turns += other.turns;
         for (event, times) in &other.events {
             self.add(event, *times);
         }
@@ -66,6 +79,7 @@ impl fmt::Display for Report {
         for (event, times) in &self.events {
             writeln!(f, "{times:>12} {event}")?;
         }
+        writeln!(f, "{} simulation turns", self.turns)?;
         writeln!(f, "{} model steps", self.steps)?;
         write!(f, "{} crash images", self.images)
     }

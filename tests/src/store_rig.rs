@@ -18,7 +18,7 @@ use afterimage_seed::{
 };
 use parking_lot::Mutex;
 
-use crate::report::count_step;
+use crate::report::{count_step, count_turn};
 
 /// Steps of the storage after which a test that still waits has found a stall.
 const STEPS_MAX: u64 = 2_000_000;
@@ -316,7 +316,7 @@ impl StoreRig {
     /// Performs one storage operation and brings its completion back; false when none can be.
     pub fn run_one(&mut self) -> bool {
         let has_carried = self.carry();
-        let has_run = self.storage.run_one();
+        let has_run = count_turn(self.storage.run_one());
         self.carry() || has_run || has_carried
     }
 

@@ -5,7 +5,7 @@
     reliability.py table                                     writes the sums into RELIABILITY.md
     reliability.py sum                                       prints the sums
 
-NAME is images, steps, executions or seconds; an empty N counts as 0. Ranges are added one by one as
+NAME is images, steps, turns, executions or seconds; an empty N counts as 0. Ranges are added one by one as
 they are finished, so a soak that was interrupted has lost at most one of each kind.
 """
 
@@ -22,10 +22,11 @@ PAGE = os.path.join(DOCS, "RELIABILITY.md")
 BEGIN, END = "<!-- sums -->", "<!-- end of sums -->"
 # Seeds below this belong to `tools/check`, which uses the same ones each time.
 FIRST_SEED = 1_000_000
-KINDS = ["images", "steps", "executions", "seconds"]
+KINDS = ["images", "steps", "turns", "executions", "seconds"]
 TITLES = {
     "images": "crash images",
     "steps": "model steps",
+    "turns": "simulation turns",
     "executions": "fuzz executions",
 }
 
