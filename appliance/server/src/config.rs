@@ -108,6 +108,8 @@ pub struct Store {
     /// Bytes of the log beyond which its oldest segments are moved to the seed store, also within
     /// the journal window; only the window counts when not set.
     pub cache_bytes: Option<u64>,
+    /// Shortest journal window that a lack of room leaves.
+    pub window_min_ms: u64,
     /// How often points are thinned and journal windows move.
     pub retention_interval_ms: u64,
     /// How long after the last record an idle commit follows.
@@ -231,6 +233,7 @@ impl Default for Store {
             run_flush_entries: 1 << 20,
             crash_mark_interval_ms: 300_000,
             collect_interval_ms: 600_000,
+            window_min_ms: 60_000,
             scrub_interval_ms: 7 * DAY_S * 1000,
             scrub_bytes_per_second: 32 << 20,
             cache_bytes: None,
@@ -454,6 +457,7 @@ impl Config {
             crash_mark_interval: ms(store.crash_mark_interval_ms),
             collect_interval: ms(store.collect_interval_ms),
             cache_bytes: store.cache_bytes,
+            window_min: ms(store.window_min_ms),
             retention_interval: ms(store.retention_interval_ms),
             idle_commit: ms(store.idle_commit_ms),
             retry: ms(store.retry_ms),

@@ -129,7 +129,7 @@ impl Default for EngineOptions {
             collect_interval: Duration::from_secs(600),
             cache_bytes: u64::MAX,
             reserve_file_bytes: 32 << 20,
-            window_min: Duration::from_secs(3600),
+            window_min: Duration::from_secs(60),
             retention_interval: Duration::from_secs(60),
             time_grain: Duration::from_millis(100),
             reader: ReaderOptions::default(),

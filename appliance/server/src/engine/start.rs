@@ -41,6 +41,8 @@ pub struct EngineSettings {
     pub collect_interval: Duration,
     /// Bytes of the log beyond which its oldest segments are destaged.
     pub cache_bytes: Option<u64>,
+    /// Shortest journal window that a lack of room leaves.
+    pub window_min: Duration,
     /// How often points are thinned and journal windows move.
     pub retention_interval: Duration,
     /// How long after the last data the log writes an idle commit.
@@ -122,6 +124,7 @@ pub fn start(settings: &EngineSettings) -> Result<(EngineHandle, JoinHandle<()>)
         crash_mark_interval: settings.crash_mark_interval,
         collect_interval: settings.collect_interval,
         cache_bytes: settings.cache_bytes.unwrap_or(u64::MAX),
+        window_min: settings.window_min,
         retention_interval: settings.retention_interval,
         idle_commit: settings.idle_commit,
         retry: settings.retry,
