@@ -36,7 +36,7 @@ def run(settings, wanted, report):
     minute = settings.pick(60, 6)
     budget = settings.pick(24 * GIB, 768 * MIB)
     segment = settings.pick(64 * MIB, 17 * MIB)
-    config = f"[store]\nbudget_bytes = {budget}\nsegment_bytes = {segment}\n"
+    config = f"[store]\nbudget_bytes = {budget}\nsegment_bytes = {segment}\nwindow_min_ms = 1000\n"
     with Rig(settings, config) as rig:
         rig.start_server()
         rig.start_agent()

@@ -5,8 +5,8 @@
     reliability.py table                                     writes the sums into RELIABILITY.md
     reliability.py sum                                       prints the sums
 
-NAME is images, steps, turns, executions or seconds; an empty N counts as 0. Ranges are added one by one as
-they are finished, so a soak that was interrupted has lost at most one of each kind.
+NAME is images, steps, turns, executions or seconds; an empty N counts as 0. Ranges are added one
+by one as they are finished, so a soak that was interrupted has lost at most one of each kind.
 """
 
 import contextlib

@@ -34,10 +34,10 @@ impl Engine {
     /// Takes one step of giving way; false when nobody can give anything.
     pub(super) fn give_way(&mut self, out: &mut Vec<Output>) -> bool {
         for machine in self.by_excess() {
-            let before = self.journal_window(machine);
-            if before > self.options.window_min {
-                *self.halvings.entry(machine).or_default() += 1;
-                let window = self.journal_window(machine);
+            let halvings = self.halvings.get(&machine).copied().unwrap_or(0);
+            let can_shorten = halvings < HALVINGS_MAX;
+            if can_shorten && self.journal_window(machine) > self.options.window_min {
+                let window = self.shorten_window(machine);
                 out.push(Output::Event(Event::WindowShortened { machine, window }));
                 self.raise_floors(out);
                 return true;
@@ -51,6 +51,20 @@ impl Engine {
             }
         }
         false
+    }
+
+    /// Halves a window until that is more than it holds, or it is at its shortest.
+    fn shorten_window(&mut self, machine: MachineId) -> Duration {
+        loop {
+            let halvings = self.halvings.entry(machine).or_default();
+            *halvings += 1;
+            let is_last = *halvings >= HALVINGS_MAX;
+            let window = self.journal_window(machine);
+            let is_shortest = is_last || window <= self.options.window_min;
+            if is_shortest || !self.floors_to_raise().is_empty() {
+                return window;
+            }
+        }
     }
 
     /// When there is room again, windows get longer step by step.
