@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use afterimage_blockdev::simulated::{SimulatedClock, SimulatedOptions, SimulatedStorage};
 use afterimage_blockdev::{Clock, Lsn, PointId, Timestamp};
-use afterimage_seed::engine::{EngineInfo, PolicyInfo};
+use afterimage_seed::engine::{EngineInfo, EngineOptions, PolicyInfo};
 use afterimage_seed::manifest::{PointKind, PointRecord};
 use afterimage_seed::retention::{LockRule, Policy, Tier};
 use afterimage_seed::{Event, Input, Request, Response, SeedError};
@@ -18,6 +18,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 const MACHINE: &str = "machine-0";
 
 struct Scene {
+    options: EngineOptions,
     rig: StoreRig,
     writer: Writer,
     model: Model,
@@ -27,13 +28,18 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::with(options())
+    }
+
+    fn with(options: EngineOptions) -> Self {
         let storage = SimulatedStorage::new(1, SimulatedOptions::default());
         let clock = StoreRig::new_clock();
         let writer = Writer::new(1, 0, 1, 64);
         let mut model = Model::default();
         writer.declare(&mut model);
-        let rig = start(&storage, &clock);
+        let rig = start(&storage, &clock, &options);
         let mut scene = Self {
+            options,
             rig,
             writer,
             model,
@@ -77,7 +83,7 @@ impl Scene {
     fn restart(&mut self, later: Duration) {
         assert!(self.rig.stop());
         self.clock.advance(later);
-        self.rig = start(&self.storage, &self.clock);
+        self.rig = start(&self.storage, &self.clock, &self.options);
     }
 
     fn send(&mut self) {
@@ -105,10 +111,18 @@ impl Scene {
     }
 
     fn point(&mut self, name: &str) -> PointRecord {
+        self.point_named(Some(name.to_owned()))
+    }
+
+    fn generated_point(&mut self) -> PointRecord {
+        self.point_named(None)
+    }
+
+    fn point_named(&mut self, name: Option<String>) -> PointRecord {
         let at = format!("lsn:{}", self.writer.last).parse().expect("an LSN");
         let request = Request::CreatePoint {
             machine: MACHINE.to_owned(),
-            name: Some(name.to_owned()),
+            name,
             at: Some(at),
         };
         match self.rig.ask(request) {
@@ -173,6 +187,16 @@ impl Scene {
         }
     }
 
+    fn wait_for_room(&mut self) {
+        for _ in 0..1000 {
+            if self.info().paused.is_none() {
+                return;
+            }
+            self.pass(Duration::from_secs(2));
+        }
+        panic!("ingest stays paused");
+    }
+
     fn pass(&mut self, time: Duration) {
         self.rig.pass(time);
         self.rig.run();
@@ -193,11 +217,20 @@ impl Scene {
     }
 }
 
-fn start(storage: &Arc<SimulatedStorage>, clock: &Arc<SimulatedClock>) -> StoreRig {
-    let mut options = small_store();
-    options.retention_interval = MINUTE;
-    options.time_grain = Duration::from_secs(1);
-    let mut rig = StoreRig::new(storage, clock, options, 7);
+fn options() -> EngineOptions {
+    EngineOptions {
+        retention_interval: MINUTE,
+        time_grain: Duration::from_secs(1),
+        ..small_store()
+    }
+}
+
+fn start(
+    storage: &Arc<SimulatedStorage>,
+    clock: &Arc<SimulatedClock>,
+    options: &EngineOptions,
+) -> StoreRig {
+    let mut rig = StoreRig::new(storage, clock, options.clone(), 7);
     assert!(rig.run_until(|rig| rig.is_ready), "{:?}", rig.failure);
     rig
 }
@@ -369,4 +402,67 @@ fn below_the_window_only_points_are_shown() {
     assert_eq!(scene.shows(last), Ok(last));
     assert_eq!(scene.shows(named), Ok(named));
     assert!(scene.shows(lsns[14].1).is_err());
+}
+
+/// Without room windows give way first, then the oldest points that nobody named or locked; ingest
+/// goes on, and what must stay is shown.
+#[test]
+fn without_room_windows_give_way_before_points_and_locks_hold() {
+    let mut scene = Scene::with(EngineOptions {
+        budget_bytes: 4 << 20,
+        window_min: Duration::from_secs(10),
+        collect_interval: HOUR * 24,
+        ..options()
+    });
+    scene.copy();
+    scene.write();
+    scene.point("named");
+    scene.write();
+    let locked = scene.generated_point();
+    scene.lock(&locked.name, scene.later(HOUR * 24)).unwrap();
+    let is =
+        |wanted: fn(&Event) -> bool| move |scene: &Scene| scene.rig.events.iter().position(wanted);
+    let shortened = is(|event| matches!(event, Event::WindowShortened { .. }));
+    let yielded = is(|event| matches!(event, Event::PointsYielded { .. }));
+    let mut oldest = None;
+    for round in 0.. {
+        assert!(round < 20_000, "no point was ever given up");
+        scene.write();
+        scene.wait_for_room();
+        if round % 8 == 0 {
+            let point = scene.generated_point();
+            oldest.get_or_insert(point.name);
+        }
+        scene.pass(Duration::from_secs(2));
+        if yielded(&scene).is_some() {
+            break;
+        }
+    }
+    assert!(
+        shortened(&scene) < yielded(&scene),
+        "points went before the window"
+    );
+    assert!(shortened(&scene).is_some());
+    for _ in 0..100 {
+        scene.pass(Duration::from_secs(2));
+    }
+    let info = scene.info();
+    assert_eq!(info.paused, None);
+    assert!(info.stored_bytes <= 4 << 20, "{} bytes", info.stored_bytes);
+    let window = info.machines[0].shortened_window;
+    assert!(window.is_some_and(|window| window < MINUTE), "{window:?}");
+    let names = scene.names();
+    for name in ["named", &locked.name] {
+        assert!(
+            names.iter().any(|known| known == name),
+            "{name} is gone: {names:?}"
+        );
+    }
+    assert!(!names.contains(&oldest.unwrap()));
+    assert_eq!(scene.shows(locked.lsn), Ok(locked.lsn));
+    let last = scene.write();
+    scene.wait_for_room();
+    scene.restart(MINUTE);
+    assert_eq!(scene.shows(locked.lsn), Ok(locked.lsn));
+    assert_eq!(scene.shows(last), Ok(last));
 }

@@ -130,3 +130,73 @@ fn server_disk_full() {
     drop(scene);
     small.mount.unwrap().umount();
 }
+
+/// A byte budget that a busy disk uses up: the journal window gets shorter before ingest must
+/// pause, all is destaged and collected again and again, and what is kept stays right.
+#[test]
+fn short_budget() {
+    require(&["fio", "fsfreeze"]);
+    let budget = 384 * MIB;
+    let setup = Setup {
+        server: format!(
+            "budget_bytes = {budget}\nsegment_bytes = {}\nwindow_min_ms = 1000\n",
+            17 * MIB
+        ),
+        ..Setup::default()
+    };
+    let scene = Scene::start(&setup);
+    let source = scene.image("disk.img", 96 * MIB);
+    let device = scene.attach(&source, "root");
+    scene.protect("root");
+    let kept = scene.root.join("then.img");
+    let write = |bytes: u64, seed: u64| {
+        let written = run(
+            "fio",
+            &[
+                "--name=churn",
+                &format!("--filename={}", device.display()),
+                "--rw=randwrite",
+                "--bs=16k",
+                "--iodepth=16",
+                "--ioengine=libaio",
+                "--direct=1",
+                "--norandommap",
+                "--refill_buffers",
+                "--rate=60m",
+                &format!("--randseed={seed}"),
+                &format!("--io_size={bytes}"),
+                "--end_fsync=1",
+            ],
+        );
+        assert!(written.contains("err= 0"), "{written}");
+    };
+    write(32 * MIB, 1);
+    scene.caught_up();
+    std::fs::copy(&source, &kept).unwrap();
+    let made = scene.aft(&["point", "create", "web1", "--name", "kept"]);
+    assert_eq!(made.code, 0, "{made:?}");
+    for round in 0..4 {
+        write(budget, 2 + round);
+        scene.caught_up();
+    }
+    let status = scene.status();
+    println!("{} MiB stored", status.stored_bytes / MIB);
+    assert!(status.stored_bytes <= budget, "{status:?}");
+    let events = scene.events();
+    let shortened: Vec<_> = events
+        .iter()
+        .filter(|event| event.kind == "window-shortened")
+        .collect();
+    assert!(!shortened.is_empty(), "{events:?}");
+    println!("{}", shortened[0].text);
+    assert!(
+        events.iter().all(|event| event.kind != "points-yielded"),
+        "a named point is not given away: {events:?}"
+    );
+    let said = scene.aft(&["status"]).stdout;
+    assert!(said.contains("its journal window is"), "{said}");
+    scene.assert_replica_equals("root");
+    let view = scene.view("web1/root@kept");
+    assert_equal_devices(&kept, &view.device);
+    view.close();
+}

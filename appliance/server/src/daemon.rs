@@ -261,6 +261,8 @@ impl Parts {
         let seeds = Seeds::open(&data_dir)?;
         let events = EventLog::start(catalogue.clone(), Arc::clone(&clock));
         events.note("started", format!("{PROGRAM} has started"));
+        let told = engine.send(Command::NoteTo(events.clone())).await;
+        told.map_err(|error| StartError::Runtime(std::io::Error::other(error)))?;
         let scrub = Scrub::start(
             &data_dir,
             config.scrub_settings(),

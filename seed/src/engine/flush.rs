@@ -324,6 +324,7 @@ impl Engine {
             return;
         };
         self.runs.insert(flush.run, flush.bytes.len() as u64);
+        self.has_new_runs = true;
         self.note_times(flush.run, &flush.tables);
         // Their files are swept at the next start.
         self.dropped_runs.clear();

@@ -128,9 +128,11 @@ fn class(bytes: u64) -> u32 {
 impl Engine {
     /// Begins a merge when many runs of one size are there.
     pub(super) fn merge_when_due(&mut self, out: &mut Vec<Output>) {
-        if self.merge.is_some() || self.merge_retry_at.is_some_and(|at| at > self.now) {
+        let is_early = self.merge_retry_at.is_some_and(|at| at > self.now);
+        if !self.has_new_runs || self.merge.is_some() || is_early {
             return;
         }
+        self.has_new_runs = false;
         self.merge_retry_at = None;
         let mut classes: BTreeMap<u32, Vec<RunId>> = BTreeMap::new();
         for (run, bytes) in &self.runs {
@@ -291,7 +293,6 @@ impl Engine {
                         return self.looked(out);
                     }
                 }
-                Step::Write if is_waiting => return,
                 _ if is_waiting => return,
                 _ => {
                     if !self.merge_finish(out) {
@@ -424,6 +425,7 @@ impl Engine {
         };
         let inputs: Vec<RunId> = merge.inputs.iter().map(|(run, _)| *run).collect();
         self.runs.insert(merge.run, merge.bytes);
+        self.has_new_runs = true;
         self.note_times(merge.run, &merge.tables);
         let mut retired: BTreeMap<RunId, Vec<Weak<Section>>> = BTreeMap::new();
         for run in &inputs {
@@ -516,6 +518,7 @@ impl Engine {
         }
         let retry_at = self.now.after(self.options.retry);
         self.merge_retry_at = Some(retry_at);
+        self.has_new_runs = true;
         out.push(Output::WakeAt(retry_at));
         out.push(Output::Event(Event::MergeGivenUp { why }));
         if merge.live.is_some() {

@@ -55,7 +55,7 @@ use afterimage_cache::{Damage, DiskKey, KeySource};
 use parking_lot::RwLock;
 
 use crate::error::SeedError;
-use crate::manifest::{Edit, Manifest, PointKind, PointRecord};
+use crate::manifest::{Edit, Manifest, PointRecord};
 use crate::reader::{Reader, ReaderOptions};
 use crate::run::RunId;
 use crate::section::Snapshot;
@@ -226,6 +226,8 @@ pub struct Engine {
     runs: BTreeMap<RunId, u64>,
     /// The time samples in each run: history, lowest and highest LSN.
     run_times: BTreeMap<RunId, Vec<(HistoryId, Lsn, Lsn)>>,
+    /// Runs came since a merge was last looked for.
+    has_new_runs: bool,
     retired: Vec<merge::RetiredRun>,
     /// Files that no manifest names any more.
     removals: Vec<FileName>,
@@ -242,8 +244,12 @@ pub struct Engine {
     vain_sweeps: u32,
     reserve: reserve::Reserve,
     reserve_retry_at: Option<Monotonic>,
+    /// Needed collections in a row before which nobody could give way.
+    idle_sweeps: u32,
     /// How often each machine's window was halved for lack of room.
     halvings: BTreeMap<MachineId, u32>,
+    /// What the store takes besides the log, in bytes.
+    kept_bytes: u64,
     rewrite: Option<rewrite::Rewrite>,
     /// Snapshots that somebody may have.
     snapshots: Vec<Weak<Snapshot>>,
@@ -328,6 +334,7 @@ impl Engine {
             runs: BTreeMap::new(),
             run_times: BTreeMap::new(),
             retired: Vec::new(),
+            has_new_runs: true,
             removals: Vec::new(),
             pins: Vec::new(),
             log_told: 0,
@@ -338,8 +345,10 @@ impl Engine {
             vain_sweeps: 0,
             reserve: reserve::Reserve::default(),
             reserve_retry_at: None,
+            idle_sweeps: 0,
             halvings: BTreeMap::new(),
             rewrite: None,
+            kept_bytes: 0,
             snapshots: Vec::new(),
             dropped_runs: Vec::new(),
             checkpoint: 0,
@@ -473,18 +482,6 @@ impl Engine {
         }
     }
 
-    /// Gives the log what the rest of the store leaves of the budget.
-    fn share_budget(&mut self) {
-        if self.options.budget_bytes == u64::MAX {
-            return;
-        }
-        let seeds: u64 = self.seed_segments.values().map(|state| state.bytes).sum();
-        let runs: u64 = self.runs.values().sum();
-        let others = seeds + runs + self.manifest.stored_bytes();
-        self.log
-            .set_budget(self.options.budget_bytes.saturating_sub(others));
-    }
-
     fn log_step(&mut self, input: LogInput, out: &mut Vec<Output>) {
         let mut outputs = Vec::new();
         self.log.set_wall_time(self.clock.wall());
@@ -496,6 +493,9 @@ impl Engine {
 
     /// Remembers damage for people.
     fn note_damage(&mut self, text: String) {
+        if self.damage.contains(&text) {
+            return;
+        }
         tracing::error!("{text}");
         if self.damage.len() < DAMAGE_MAX {
             self.damage.push(text);
@@ -757,19 +757,7 @@ impl Engine {
                 out.push(Output::Stopped);
             }
         }
-    }
-
-    fn kind_of_point(&self, history: HistoryId, lsn: Lsn, wanted: PointKind) -> PointKind {
-        let machine = self
-            .histories
-            .get(&history)
-            .and_then(|e| self.machines.get(&e.machine));
-        let mut disks = machine.into_iter().flat_map(|machine| &machine.disks);
-        if disks.any(|disk| self.open_batch(*disk, history, lsn).is_some()) {
-            PointKind::ResyncIncomplete
-        } else {
-            wanted
-        }
+        self.idle_sweeps = 0;
     }
 }
 

@@ -236,6 +236,24 @@ impl Engine {
         self.name_cut(machine, cut, kind, Some(mark.name), request, out);
     }
 
+    pub(super) fn kind_of_point(
+        &self,
+        history: HistoryId,
+        lsn: Lsn,
+        wanted: PointKind,
+    ) -> PointKind {
+        let machine = self
+            .histories
+            .get(&history)
+            .and_then(|e| self.machines.get(&e.machine));
+        let mut disks = machine.into_iter().flat_map(|machine| &machine.disks);
+        if disks.any(|disk| self.open_batch(*disk, history, lsn).is_some()) {
+            PointKind::ResyncIncomplete
+        } else {
+            wanted
+        }
+    }
+
     pub(super) fn place_crash_marks(&mut self, out: &mut Vec<Output>) {
         if self.now < self.next_crash_mark {
             out.push(Output::WakeAt(self.next_crash_mark));

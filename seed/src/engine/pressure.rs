@@ -3,6 +3,8 @@
 //!
 //! Invariants
 //! * Only a collection that gave no room leads here, one step each.
+//! * While there is still some room only windows give way, so that ingest need not pause; they get
+//!   longer again only when the doubled one would fit.
 //! * A lock holds, and the last good point of a machine stays, whatever the pressure.
 //! * One machine's churn never shortens another's history: it is always the one over its share.
 
@@ -17,6 +19,8 @@ use super::{AfterCommit, Engine, Event, Output};
 use crate::manifest::{Edit, PointKind};
 use crate::section::Section;
 
+/// A budget of which only such a part is left is short.
+const SHORT_PART: u64 = 8;
 /// A window is halved at most so often.
 const HALVINGS_MAX: u32 = 16;
 /// Part of a machine's points that goes in one step.
@@ -31,8 +35,45 @@ impl Engine {
         (window / (1 << halvings.min(HALVINGS_MAX))).max(shortest)
     }
 
-    /// Takes one step of giving way; false when nobody can give anything.
-    pub(super) fn give_way(&mut self, out: &mut Vec<Output>) -> bool {
+    /// Gives the log what the rest of the store leaves of the budget.
+    pub(super) fn share_budget(&mut self) {
+        if self.options.budget_bytes == u64::MAX {
+            return;
+        }
+        let seeds: u64 = self.seed_segments.values().map(|state| state.bytes).sum();
+        let runs: u64 = self.runs.values().sum();
+        self.kept_bytes = seeds + runs + self.manifest.stored_bytes();
+        self.log
+            .set_budget(self.options.budget_bytes.saturating_sub(self.kept_bytes));
+    }
+
+    /// Says whether a lack of room keeps a machine's window shorter than its policy says.
+    pub(super) fn is_window_shortened(&self, machine: MachineId) -> bool {
+        self.halvings.contains_key(&machine)
+    }
+
+    /// The part of the budget that is left.
+    fn budget_left(&self) -> u64 {
+        let used = self.kept_bytes.saturating_add(self.log.stored_bytes());
+        self.options.budget_bytes.saturating_sub(used)
+    }
+
+    /// Says whether the budget is nearly used up.
+    pub(super) fn is_budget_short(&self) -> bool {
+        let budget = self.options.budget_bytes;
+        budget != u64::MAX && self.budget_left() < budget / SHORT_PART
+    }
+
+    /// Lets go what windows have left behind since the timer last looked.
+    pub(super) fn move_windows(&mut self, out: &mut Vec<Output>) {
+        self.observe_clock(out);
+        self.raise_floors(out);
+    }
+
+    /// Takes one step of giving way: windows get shorter, then points go. False when nobody can
+    /// give anything.
+    pub(super) fn give_way(&mut self, may_drop_points: bool, out: &mut Vec<Output>) -> bool {
+        self.observe_clock(out);
         for machine in self.by_excess() {
             let halvings = self.halvings.get(&machine).copied().unwrap_or(0);
             let can_shorten = halvings < HALVINGS_MAX;
@@ -42,8 +83,12 @@ impl Engine {
                 self.raise_floors(out);
                 return true;
             }
+            // At its shortest a window still moves on.
+            if self.raise_floors(out) {
+                return true;
+            }
             let points = self.points_to_yield(machine);
-            if !points.is_empty() {
+            if may_drop_points && !points.is_empty() {
                 let count = points.len();
                 out.push(Output::Event(Event::PointsYielded { machine, count }));
                 self.yield_points(machine, points, out);
@@ -69,6 +114,9 @@ impl Engine {
 
     /// When there is room again, windows get longer step by step.
     pub(super) fn recover_windows(&mut self) {
+        if self.budget_left() < self.options.budget_bytes / 2 {
+            return;
+        }
         for halvings in self.halvings.values_mut() {
             *halvings = halvings.saturating_sub(1);
         }
@@ -97,8 +145,12 @@ impl Engine {
         over.into_iter().map(|(machine, _)| machine).collect()
     }
 
-    fn raise_floors(&mut self, out: &mut Vec<Output>) {
+    /// Records the floors that have moved; false when none has.
+    fn raise_floors(&mut self, out: &mut Vec<Output>) -> bool {
         let floors = self.floors_to_raise();
+        if floors.is_empty() {
+            return false;
+        }
         let edits = floors.iter().map(|(history, lsn)| Edit::Floor {
             history: *history,
             lsn: *lsn,
@@ -109,6 +161,7 @@ impl Engine {
             ..Applied::default()
         };
         self.commit(edits, AfterCommit::Retention(applied), out);
+        true
     }
 
     /// The oldest points of a machine that no lock holds and no person named; one good point stays.

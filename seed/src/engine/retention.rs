@@ -367,6 +367,9 @@ impl Engine {
                 entry.floor = entry.floor.max(lsn);
             }
         }
+        if !applied.dropped.is_empty() {
+            self.hope_for_room();
+        }
         if applied.is_timed {
             self.retention.is_committing = false;
             out.push(Output::WakeAt(self.retention.next_at));

@@ -162,13 +162,11 @@ impl Engine {
         match sorted {
             Sorted::Stays => {
                 rewrite.failure = Some(String::new());
-                self.stop_destaging();
             }
             Sorted::Damaged(why) => {
                 rewrite.failure = Some(why.clone());
                 let name = source_name(rewrite.segment, rewrite.source);
                 self.note_damage(format!("{name} stays as it is: {why}"));
-                self.stop_destaging();
             }
             Sorted::Moves(builder) if builder.slot_count() == 0 => {}
             Sorted::Moves(builder) => {

@@ -1,5 +1,7 @@
 //! What people want to know, and the whole state as edits.
 
+use std::time::Duration;
+
 use afterimage_blockdev::{
     AgentId, DiskId, Epoch, HistoryId, Lsn, MachineId, PointId, SegmentId, Timestamp,
 };
@@ -82,6 +84,8 @@ pub struct MachineInfo {
     pub disks: Vec<DiskInfo>,
     /// Number of points.
     pub point_count: u64,
+    /// Its journal window, while a lack of room keeps it shorter than the policy says.
+    pub shortened_window: Option<Duration>,
 }
 
 /// Everything.
@@ -125,6 +129,13 @@ impl Engine {
         }
     }
 
+    /// The name of a machine that is known.
+    #[must_use]
+    pub fn name_of(&self, machine: MachineId) -> Option<&str> {
+        let state = self.machines.get(&machine)?;
+        Some(&state.name)
+    }
+
     fn machine_info(&self, machine: MachineId) -> MachineInfo {
         let state = &self.machines[&machine];
         let of_machine = self
@@ -155,6 +166,9 @@ impl Engine {
                 .map(|disk| self.disk_info(*disk, state.trunk))
                 .collect(),
             point_count: state.points.len() as u64,
+            shortened_window: self
+                .is_window_shortened(machine)
+                .then(|| self.journal_window(machine)),
         }
     }
 

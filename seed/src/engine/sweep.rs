@@ -17,6 +17,9 @@ use super::rewrite::Source;
 use super::{Collected, Engine, Event, Output, Phase, RequestId, Response};
 use crate::reader::SEED_BIT;
 
+/// The wait between collections that nobody can help doubles so often.
+const IDLE_DOUBLINGS: u32 = 6;
+
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 enum Step {
     #[default]
@@ -62,6 +65,17 @@ impl Sweep {
 }
 
 impl Engine {
+    /// Somebody waits for room.
+    fn lacks_room(&self) -> bool {
+        self.is_paused.is_some() || self.bulk.waits_for_room()
+    }
+
+    /// Something may have become collectable: the next collection that is needed need not wait.
+    pub(super) fn hope_for_room(&mut self) {
+        self.sweep_retry_at = None;
+        self.idle_sweeps = 0;
+    }
+
     /// Collects now; answered when it is done.
     pub(super) fn collect(&mut self, id: RequestId) {
         self.sweep.next_requests.push(id);
@@ -76,10 +90,10 @@ impl Engine {
             return;
         }
         let is_retry = self.sweep_retry_at.is_none_or(|at| at <= self.now);
-        let lacks_room = self.is_paused.is_some() || self.bulk.waits_for_room();
-        let is_needed = lacks_room && is_retry;
+        let lacks_room = self.lacks_room();
+        let is_needed = is_retry && (lacks_room || self.is_budget_short());
         // Where only the budget ends, there is room to work with.
-        let is_pressed = is_needed && self.is_paused != Some(true);
+        let is_pressed = is_needed && lacks_room && self.is_paused != Some(true);
         let is_asked = !self.sweep.next_requests.is_empty();
         if self.now < self.next_sweep && !is_needed && !is_asked {
             out.push(Output::WakeAt(self.next_sweep));
@@ -87,7 +101,10 @@ impl Engine {
         }
         self.next_sweep = self.now.after(self.options.collect_interval);
         if is_needed && self.vain_sweeps > 0 {
-            self.give_way(out);
+            let has_given = self.give_way(lacks_room, out);
+            self.idle_sweeps = if has_given { 0 } else { self.idle_sweeps + 1 };
+        } else if is_needed {
+            self.move_windows(out);
         } else if !lacks_room {
             self.recover_windows();
         }
@@ -211,10 +228,13 @@ impl Engine {
         let sweep = core::mem::take(&mut self.sweep);
         self.sweep.next_requests = sweep.next_requests;
         if sweep.is_needed {
-            let at = self.now.after(self.options.retry);
+            // When nobody can give anything, looking again soon is of no use.
+            let wait = self.options.retry * (1 << self.idle_sweeps.min(IDLE_DOUBLINGS));
+            let at = self.now.after(wait);
             self.sweep_retry_at = Some(at);
-            self.vain_sweeps += 1;
             out.push(Output::WakeAt(at));
+            let gave_room = !self.lacks_room() && !self.is_budget_short();
+            self.vain_sweeps = if gave_room { 0 } else { self.vain_sweeps + 1 };
         }
         out.push(Output::Event(Event::Collected(sweep.done)));
         for id in sweep.requests {

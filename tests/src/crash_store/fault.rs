@@ -28,6 +28,7 @@ pub const FAULT_MUST_OCCUR: &[&str] = &[
     "fault-short",
     "sync-failed",
     "no-space",
+    "window-shortened",
     "power-cut",
     "killed",
 ];

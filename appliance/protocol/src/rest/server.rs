@@ -181,6 +181,9 @@ pub struct MachineStatus {
     pub durable: Lsn,
     /// Number of recovery points.
     pub point_count: u64,
+    /// Its journal window in ms, while a lack of room keeps it shorter than the policy says.
+    #[serde(default)]
+    pub shortened_window_ms: Option<u64>,
     /// Age of the newest state that the machine could boot from, in ms; `None` before the first.
     pub rpo_ms: Option<u64>,
     /// Delay by stage.

@@ -1,7 +1,7 @@
 //! How everything is.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{ErrorClass, MachineId, Timestamp};
 use afterimage_protocol::message::{DiskPhase, DiskReport, SourceReport};
@@ -177,6 +177,7 @@ pub(super) fn describe(
         is_connected: reported.is_some_and(|reported| reported.is_connected),
         durable: trunk.map(|trunk| trunk.durable).unwrap_or_default(),
         point_count: machine.point_count,
+        shortened_window_ms: machine.shortened_window.map(whole_ms),
         rpo_ms: trunk
             .filter(|_| is_bootable)
             .map(|trunk| rpo_ms(trunk, report, now)),
@@ -236,6 +237,10 @@ fn lag(reported: Option<&Reported>) -> StageLag {
     }
 }
 
+fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn ms_between(from: Timestamp, to: Timestamp) -> u64 {
     to.0.saturating_sub(from.0) / NS_PER_MS
 }
@@ -270,6 +275,13 @@ fn judge(health: &mut Health, machine: &MachineStatus, rpo_warning_ms: u64) {
     if !machine.is_connected {
         health.yellow(format!(
             "machine {name}: its agent is not connected; look at `aft agent status` there"
+        ));
+    }
+    if let Some(window_ms) = machine.shortened_window_ms {
+        health.yellow(format!(
+            "machine {name}: room runs short, so its journal window is {} s; add room, or keep \
+             less with `aft policy set {name}`",
+            window_ms as f64 / 1000.0
         ));
     }
     match machine.rpo_ms {

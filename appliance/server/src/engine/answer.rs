@@ -146,6 +146,7 @@ fn machine(info: MachineInfo, store_damage: &[String]) -> MachineSummary {
             .map(|known| disk(known, store_damage))
             .collect(),
         point_count: info.point_count,
+        shortened_window: info.shortened_window,
     }
 }
 

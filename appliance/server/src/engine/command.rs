@@ -16,6 +16,7 @@ use crossbeam::channel::{Sender, TrySendError};
 use tokio::sync::oneshot;
 
 use super::files::FileCommand;
+use crate::events::EventLog;
 
 /// Names an open stream within the engine. A stream that was taken over or closed is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -198,6 +199,8 @@ pub struct MachineSummary {
     pub disks: Vec<DiskSummary>,
     /// Number of points.
     pub point_count: u64,
+    /// Its journal window, while a lack of room keeps it shorter than the policy says.
+    pub shortened_window: Option<Duration>,
 }
 
 /// What the engine knows.
@@ -328,6 +331,8 @@ pub enum Command {
     },
     /// Makes everything durable, seals the log and ends the thread.
     Stop(Reply<()>),
+    /// Where what happens is noted for operators, from now on.
+    NoteTo(EventLog),
 }
 
 /// The engine thread has ended.

@@ -169,6 +169,7 @@ impl EngineThread {
                 );
             }
             Command::Stop(reply) => self.stop(reply),
+            Command::NoteTo(events) => self.events = Some(events),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{
-    Clock, Entropy, Monotonic, RealStorage, Storage, StorageCompleter, StorageCompletion,
+    Clock, Entropy, MachineId, Monotonic, RealStorage, Storage, StorageCompleter, StorageCompletion,
 };
 use afterimage_protocol::rest::ApiError;
 use afterimage_seed::engine::{StoreFile, StreamNumber, TakenSnapshot};
@@ -19,6 +19,7 @@ use crossbeam::channel::Receiver;
 use super::answer;
 use super::command::{Command, Reply, StreamEvents};
 use super::inbox::{BranchSink, FromBranch, Inbox};
+use crate::events::EventLog;
 
 /// Longest sleep.
 const NAP_MAX: Duration = Duration::from_millis(500);
@@ -41,6 +42,7 @@ pub(super) struct EngineThread {
     waiting: HashMap<RequestId, Then>,
     pub(super) streams: HashMap<StreamNumber, Arc<dyn StreamEvents>>,
     pub(super) branches: HashMap<StreamNumber, Weak<BranchDevice>>,
+    pub(super) events: Option<EventLog>,
     stopping: Vec<Reply<()>>,
     wake_at: Monotonic,
     next_branch_tick: Monotonic,
@@ -71,6 +73,7 @@ impl EngineThread {
             waiting: HashMap::new(),
             streams: HashMap::new(),
             branches: HashMap::new(),
+            events: None,
             stopping: Vec::new(),
             wake_at: Monotonic(0),
             next_branch_tick: Monotonic(0),
@@ -225,17 +228,18 @@ impl EngineThread {
             }
             Event::Paused { is_budget } => {
                 let refusal = answer::paused(is_budget);
-                tracing::warn!(%refusal, "ingest is paused");
+                self.note("ingest-paused", format!("ingest is paused: {refusal}"));
                 for events in self.streams.values() {
                     events.paused(&refusal);
                 }
             }
-            Event::Resumed => tracing::info!("ingest goes on"),
+            Event::Resumed => self.note("ingest-resumed", "ingest goes on".to_owned()),
             Event::ClockFrozen { ahead } => {
-                tracing::warn!(
-                    ?ahead,
-                    "the wall clock jumped; no lock ends until it is confirmed"
+                let text = format!(
+                    "the wall clock jumped by {} s; no lock ends until it is confirmed",
+                    ahead.as_secs()
                 );
+                self.note("clock-frozen", text);
             }
             Event::Thinned { points } => tracing::info!(points, "points were thinned"),
             Event::Merged { runs, left_out } => {
@@ -243,15 +247,36 @@ impl EngineThread {
             }
             Event::Collected(done) => tracing::info!(?done, "what nobody needs was collected"),
             Event::WindowShortened { machine, window } => {
-                tracing::warn!(%machine, ?window, "no room: a journal window is shortened");
+                let text = format!(
+                    "room runs short: the journal window of {} is shortened to {:.1} s",
+                    self.name_of(machine),
+                    window.as_secs_f64()
+                );
+                self.note("window-shortened", text);
             }
             Event::PointsYielded { machine, count } => {
-                tracing::warn!(%machine, count, "no room: the oldest points are dropped");
+                let text = format!(
+                    "there is no room: the {count} oldest unlocked points of {} are dropped",
+                    self.name_of(machine)
+                );
+                self.note("points-yielded", text);
             }
             Event::MergeGivenUp { why } => {
                 tracing::warn!(%why, "a merge of runs is put off");
             }
         }
+    }
+
+    fn note(&self, kind: &'static str, text: String) {
+        match &self.events {
+            Some(events) => events.note(kind, text),
+            None => tracing::info!(kind, "{text}"),
+        }
+    }
+
+    fn name_of(&self, machine: MachineId) -> String {
+        let name = self.engine.name_of(machine);
+        name.map_or_else(|| machine.to_string(), str::to_owned)
     }
 
     fn take_from_branch(

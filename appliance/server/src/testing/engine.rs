@@ -104,6 +104,7 @@ impl FakeEngine {
     fn answer(&self, command: Command, told: &mut Told) {
         let mut knows = self.knows.lock();
         match command {
+            Command::NoteTo(_) => {}
             Command::Open(request, reply) => {
                 let answer = match &knows.refuses_open {
                     Some(refusal) => Err(refusal.clone()),
@@ -336,6 +337,7 @@ pub(crate) fn machine(durable: Lsn, durable_time: Timestamp) -> MachineSummary {
             damage: Vec::new(),
         }],
         point_count: 0,
+        shortened_window: None,
     }
 }
 

@@ -346,6 +346,7 @@ mod tests {
             is_connected: true,
             durable: Lsn(999),
             point_count: 0,
+            shortened_window_ms: None,
             rpo_ms: None,
             lag: afterimage_protocol::rest::server::StageLag::default(),
             disks: vec![disk],
