@@ -52,6 +52,12 @@ pub const MUST_OCCUR: &[&str] = &[
     "fault-short",
 ];
 
+/// Events without which a campaign that looks at every set proves too little.
+pub const EVERY_MUST_OCCUR: &[&str] = &["every-set-of-a-cut", "power-cut", "cut-in-recovery"];
+
+/// Changes without a sync of which every set is looked at: 1024 sets.
+pub const EVERY_MAX: usize = 10;
+
 /// Generations of one medium.
 const GENERATIONS: u64 = 4;
 /// Images made of one cut.
@@ -66,9 +72,25 @@ pub fn crash_campaign(seed_from: u64, count: u64) -> Report {
     let mut report = Report::default();
     let mut seed = seed_from;
     while report.images < count {
+        report.merge(&Campaign::new(seed).run());
+        seed += 1;
+    }
+    report
+}
+
+/// As [`crash_campaign`], but where a cut finds at most [`EVERY_MAX`] changes without a sync it
+/// looks at every set of them.
+///
+/// # Panics
+/// As [`crash_campaign`].
+#[must_use]
+pub fn every_campaign(seed_from: u64, count: u64) -> Report {
+    let mut report = Report::default();
+    let mut seed = seed_from;
+    while report.images < count {
         let mut campaign = Campaign::new(seed);
-        campaign.run();
-        report.merge(&campaign.report);
+        campaign.looks_at_every_set = true;
+        report.merge(&campaign.run());
         seed += 1;
     }
     report
@@ -91,6 +113,7 @@ struct Campaign {
     options: LogOptions,
     model: Model,
     has_failed: bool,
+    looks_at_every_set: bool,
     report: Report,
 }
 
@@ -109,11 +132,12 @@ impl Campaign {
             options,
             model: Model::default(),
             has_failed: false,
+            looks_at_every_set: false,
             report: Report::default(),
         }
     }
 
-    fn run(&mut self) {
+    fn run(mut self) -> Report {
         let order = if self.random.chance(0.5) {
             CompletionOrder::Random
         } else {
@@ -137,6 +161,7 @@ impl Campaign {
         for (event, times) in counters {
             self.report.add(event, times);
         }
+        self.report
     }
 
     /// Starts a log and checks what comes back; `None` when it was cut before it was ready.
@@ -391,9 +416,11 @@ impl Campaign {
     /// Cuts the power, looks at several images of that cut, and goes on with one.
     fn cut(&mut self, storage: &Arc<SimulatedStorage>) -> Arc<SimulatedStorage> {
         self.report.count("power-cut");
+        if self.looks_at_every_set && storage.unsynced_changes() <= EVERY_MAX {
+            self.report.count("every-set-of-a-cut");
+        }
         let before = self.model.clone();
-        for _ in 1..IMAGES {
-            let image = storage.power_cut_image(self.random.next_u64());
+        for image in images(storage, &mut self.random, IMAGES, self.looks_at_every_set) {
             image.set_capacity(1 << 40);
             self.start(&image);
             let counters = image.counters();
@@ -406,6 +433,26 @@ impl Campaign {
         storage.set_capacity(1 << 40);
         Arc::clone(storage)
     }
+}
+
+/// Images of a cut at this moment: every one where that is wanted and they are few, otherwise some
+/// less than `count`.
+pub(crate) fn images(
+    storage: &Arc<SimulatedStorage>,
+    random: &mut Random,
+    count: u64,
+    wants_all: bool,
+) -> Vec<Arc<SimulatedStorage>> {
+    let changes = storage.unsynced_changes();
+    if wants_all && changes <= EVERY_MAX {
+        let sets = 0..1_u64 << changes;
+        return sets
+            .map(|kept| storage.power_cut_image_with(kept))
+            .collect();
+    }
+    let seeds: Vec<u64> = (1..count).map(|_| random.next_u64()).collect();
+    let image = |seed| storage.power_cut_image(seed);
+    seeds.into_iter().map(image).collect()
 }
 
 #[cfg(test)]

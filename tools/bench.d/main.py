@@ -19,6 +19,8 @@ sys.dont_write_bytecode = True
 import capture
 import churn
 import collect
+import failovers
+import holes
 import ingest
 import locality
 import mount
@@ -33,7 +35,8 @@ from report import Report, say
 from rig import Settings
 
 UNITS = [*ingest.UNITS, capture.UNIT, read.UNIT, point.UNIT, mount.UNIT, stored.UNIT, points.UNIT,
-         peers.UNIT, collect.UNIT, *space.UNITS, locality.UNIT, churn.UNIT]
+         peers.UNIT, collect.UNIT, holes.UNIT, failovers.UNIT, *space.UNITS, locality.UNIT,
+         churn.UNIT]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

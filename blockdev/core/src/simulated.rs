@@ -7,6 +7,7 @@
 
 mod clock;
 mod cut;
+mod every;
 mod fault;
 mod medium;
 mod storage;

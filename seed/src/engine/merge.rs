@@ -109,6 +109,8 @@ pub(super) struct Merge {
     /// Why it is given up.
     failure: Option<String>,
     dropped: u64,
+    /// Entries that the present step joined.
+    joined: usize,
 }
 
 /// Runs that the manifest no longer names, and the sections by which snapshots may read them.
@@ -192,6 +194,7 @@ impl Engine {
             is_committing: false,
             failure: None,
             dropped: 0,
+            joined: 0,
         });
         for (place, run) in runs.iter().enumerate() {
             let name = run_file(*run);
@@ -305,11 +308,15 @@ impl Engine {
 
     /// Joins as far as what is read goes; says whether to go on at once.
     fn join_on(&mut self, out: &mut Vec<Output>) -> bool {
+        if !self.has_turn(out) {
+            return false;
+        }
         let Some(merge) = &mut self.merge else {
             return false;
         };
         let mut asks = Vec::new();
         let is_done = merge.join(&mut asks);
+        let joined = merge.joined;
         let mut writes = Vec::new();
         while let Some((offset, buffer)) = merge.writer.take_ready() {
             let Some(file) = merge.file else { continue };
@@ -323,6 +330,7 @@ impl Engine {
             merge.step = Step::Write;
         }
         let is_quiet = asks.is_empty() && writes.is_empty();
+        self.spent_on_entries(joined);
         for (cursor, op) in asks {
             self.merge_ask(MergeOp::Read(cursor), op, out);
         }
@@ -530,7 +538,7 @@ impl Engine {
 impl Merge {
     /// Joins until something must be read; adds what. Says whether all is joined.
     fn join(&mut self, asks: &mut Vec<(usize, StorageOp)>) -> bool {
-        let mut handled = 0;
+        self.joined = 0;
         loop {
             if self.in_flight >= WRITES_MAX + self.reads_in_flight() {
                 return false;
@@ -548,12 +556,12 @@ impl Merge {
                 cursor.ask(place, &joining.sections, asks);
             }
             let is_waiting = joining.cursors.iter().any(Cursor::is_waiting);
-            if is_waiting || handled >= STEP_ENTRIES {
+            if is_waiting || self.joined >= STEP_ENTRIES {
                 return false;
             }
             match joining.next() {
                 Some(entry) => {
-                    handled += 1;
+                    self.joined += 1;
                     if joining.sieve.keeps(&entry) {
                         if let Some(live) = self.live.as_mut().filter(|_| entry.kind.has_slot()) {
                             live.mark(entry.segment, entry.slot.0);

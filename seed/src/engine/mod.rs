@@ -26,8 +26,10 @@ mod join;
 mod live;
 mod locks;
 mod merge;
+mod pace;
 mod points;
 mod pressure;
+mod reaches;
 mod records;
 mod reserve;
 mod retention;
@@ -248,6 +250,7 @@ pub struct Engine {
     idle_sweeps: u32,
     /// How often each machine's window was halved for lack of room.
     halvings: BTreeMap<MachineId, u32>,
+    pace: pace::Pace,
     /// What the store takes besides the log, in bytes.
     kept_bytes: u64,
     rewrite: Option<rewrite::Rewrite>,
@@ -349,6 +352,7 @@ impl Engine {
             halvings: BTreeMap::new(),
             rewrite: None,
             kept_bytes: 0,
+            pace: pace::Pace::default(),
             snapshots: Vec::new(),
             dropped_runs: Vec::new(),
             checkpoint: 0,
@@ -412,6 +416,7 @@ impl Engine {
             // Once the engine stops, nothing more is taken; the sender keeps what it has.
             Input::Frame(..) | Input::Bulk(..) if self.phase != Phase::Running => {}
             Input::Frame(stream, frame) if self.phase == Phase::Running => {
+                self.note_ingest();
                 self.frame(stream, frame, out);
             }
             Input::Bulk(stream, number, frame) if self.phase == Phase::Running => {

@@ -21,6 +21,10 @@ use crate::section::Section;
 
 /// A budget of which only such a part is left is short.
 const SHORT_PART: u64 = 8;
+/// Segments for whose rewriting the log leaves room.
+const REWRITES: u64 = 4;
+/// Of a small budget at most such a part is left for that.
+const SPARE_PART: u64 = 16;
 /// A window is halved at most so often.
 const HALVINGS_MAX: u32 = 16;
 /// Part of a machine's points that goes in one step.
@@ -43,8 +47,11 @@ impl Engine {
         let seeds: u64 = self.seed_segments.values().map(|state| state.bytes).sum();
         let runs: u64 = self.runs.values().sum();
         self.kept_bytes = seeds + runs + self.manifest.stored_bytes();
-        self.log
-            .set_budget(self.options.budget_bytes.saturating_sub(self.kept_bytes));
+        // Room for segments that are rewritten before what they replace is given back.
+        let budget = self.options.budget_bytes;
+        let spare = (REWRITES * self.options.segment_bytes).min(budget / SPARE_PART);
+        let of_others = self.kept_bytes.saturating_add(spare);
+        self.log.set_budget(budget.saturating_sub(of_others));
     }
 
     /// Says whether a lack of room keeps a machine's window shorter than its policy says.
@@ -98,7 +105,7 @@ impl Engine {
         false
     }
 
-    /// Halves a window until that is more than it holds, or it is at its shortest.
+    /// Halves a window until a quarter of what it holds goes, or it is at its shortest.
     fn shorten_window(&mut self, machine: MachineId) -> Duration {
         loop {
             let halvings = self.halvings.entry(machine).or_default();
@@ -106,10 +113,31 @@ impl Engine {
             let is_last = *halvings >= HALVINGS_MAX;
             let window = self.journal_window(machine);
             let is_shortest = is_last || window <= self.options.window_min;
-            if is_shortest || !self.floors_to_raise().is_empty() {
+            let is_enough = window <= self.held_span(machine) / 4 * 3;
+            if is_shortest || (is_enough && !self.floors_to_raise().is_empty()) {
                 return window;
             }
         }
+    }
+
+    /// How far back a machine's histories reach now.
+    fn held_span(&self, machine: MachineId) -> Duration {
+        let Some(now) = self.trusted_time() else {
+            return Duration::ZERO;
+        };
+        let of_machine = self
+            .histories
+            .values()
+            .filter(|entry| entry.machine == machine);
+        let begins = of_machine.filter_map(|entry| {
+            let first = entry.timeline.iter().chain(&entry.open_timeline).next();
+            let first = first.map(|sample| sample.time);
+            entry.time_of(entry.floor).or(first)
+        });
+        let span = begins
+            .min()
+            .map_or(0, |begin| now.0.saturating_sub(begin.0));
+        Duration::from_nanos(span)
     }
 
     /// When there is room again, windows get longer step by step.

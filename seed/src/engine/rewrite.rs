@@ -28,6 +28,16 @@ pub(super) enum Source {
     Seed(SeedSegment),
 }
 
+impl Source {
+    /// Bytes of the file.
+    pub(super) fn bytes(self) -> u64 {
+        match self {
+            Self::Log { bytes, .. } => bytes,
+            Self::Seed(state) => state.bytes,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Step {
     Open,
@@ -288,10 +298,7 @@ impl Engine {
             }
         }
         let done = &mut self.sweep.done;
-        let before = match rewrite.source {
-            Source::Log { bytes, .. } => bytes,
-            Source::Seed(state) => state.bytes,
-        };
+        let before = rewrite.source.bytes();
         done.freed_bytes += i64::try_from(before).unwrap_or(i64::MAX);
         done.freed_bytes -= i64::try_from(written).unwrap_or(i64::MAX);
         done.written_bytes += written;

@@ -174,32 +174,8 @@ impl Engine {
 
     fn disk_info(&self, disk: DiskId, trunk: HistoryId) -> DiskInfo {
         let state = &self.disks[&disk];
-        let mut reaches = Vec::new();
         let mut damage = Vec::new();
         if let Some(entry) = self.histories.get(&trunk) {
-            if let Some(first) = entry.copied_at(disk) {
-                let mut from = first.max(entry.floor);
-                let mut batches: Vec<_> = entry
-                    .batches
-                    .iter()
-                    .filter(|batch| batch.disks.contains(&disk) && batch.begin >= first)
-                    .collect();
-                batches.sort_by_key(|batch| batch.begin);
-                for batch in batches {
-                    let last = Lsn(batch.begin.0.saturating_sub(1));
-                    if from <= last {
-                        reaches.push(reach(entry, trunk, from, last));
-                    }
-                    from = if batch.end == Lsn::ZERO {
-                        Lsn(u64::MAX)
-                    } else {
-                        from.max(batch.end)
-                    };
-                }
-                if from <= entry.durable {
-                    reaches.push(reach(entry, trunk, from, entry.durable));
-                }
-            }
             if self.unread.lost_of(entry.id).is_some() {
                 damage.push("a file that may hold blocks of it cannot be read".to_owned());
             }
@@ -224,7 +200,7 @@ impl Engine {
             name: state.name.clone(),
             size_bytes: self.size_at(disk, trunk, Lsn(u64::MAX)),
             has_copy: self.copied_in_lineage(disk, trunk, Lsn(u64::MAX)),
-            reaches,
+            reaches: self.reaches(disk, trunk),
             damage,
         }
     }
@@ -372,16 +348,4 @@ fn history_of(edit: &Edit) -> Option<HistoryId> {
 
 fn is_state_of(known: &Edit, state: &HistoryState) -> bool {
     matches!(known, Edit::HistoryState(old) if old.history == state.history)
-}
-
-fn reach(entry: &super::state::HistoryEntry, history: HistoryId, first: Lsn, last: Lsn) -> Reach {
-    let time = |lsn| entry.time_of(lsn).unwrap_or(entry.durable_time);
-    let (first_time, last_time) = (time(first), time(last));
-    Reach {
-        history,
-        first,
-        last,
-        first_time,
-        last_time,
-    }
 }

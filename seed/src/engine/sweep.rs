@@ -66,7 +66,7 @@ impl Sweep {
 
 impl Engine {
     /// Somebody waits for room.
-    fn lacks_room(&self) -> bool {
+    pub(super) fn lacks_room(&self) -> bool {
         self.is_paused.is_some() || self.bulk.waits_for_room()
     }
 
@@ -201,16 +201,21 @@ impl Engine {
             return;
         }
         // What only gives room goes first.
-        let next = self
-            .sweep
-            .seeds
-            .iter()
-            .position(|judged| judged.live.count() == 0)
-            .and_then(|place| self.sweep.seeds.remove(place))
-            .or_else(|| self.sweep.logs.pop_front())
-            .or_else(|| self.sweep.seeds.pop_front());
+        let is_dead = |judged: &Judged| judged.live.count() == 0;
+        let dead = self.sweep.seeds.iter().position(is_dead);
+        let mut next = dead.and_then(|place| self.sweep.seeds.remove(place));
+        if next.is_none() {
+            if !self.has_turn(out) {
+                return;
+            }
+            let log = self.sweep.logs.pop_front();
+            next = log.or_else(|| self.sweep.seeds.pop_front());
+        }
         match next {
-            Some(judged) => self.begin_rewrite(judged, out),
+            Some(judged) => {
+                self.spent_on_bytes(judged.source.bytes());
+                self.begin_rewrite(judged, out);
+            }
             None => self.end_sweep(out),
         }
     }

@@ -6,8 +6,8 @@ use std::time::Instant;
 use afterimage_tests::report::Report;
 use afterimage_tests::{crash_log, crash_store, flip_log};
 
-const USAGE: &str =
-    "usage: crash log|store|store-fault|store-flip|flip|smash [--seed N] [--count M]";
+const USAGE: &str = "usage: crash log|log-every|store|store-every|store-fault|store-flip|flip|smash
+       [--seed N] [--count M]";
 
 fn number(arguments: &[String], name: &str, otherwise: u64) -> Result<u64, String> {
     let Some(place) = arguments.iter().position(|argument| argument == name) else {
@@ -26,6 +26,8 @@ fn run(arguments: &[String]) -> Result<(), String> {
     let (campaign, wanted): (fn(u64, u64) -> Report, _) =
         match arguments.first().map(String::as_str) {
             Some("log") => (crash_log::crash_campaign, crash_log::MUST_OCCUR),
+            Some("log-every") => (crash_log::every_campaign, crash_log::EVERY_MUST_OCCUR),
+            Some("store-every") => (crash_store::every_campaign, crash_log::EVERY_MUST_OCCUR),
             Some("store") => (crash_store::crash_campaign, crash_store::MUST_OCCUR),
             Some("store-fault") => (crash_store::fault_campaign, crash_store::FAULT_MUST_OCCUR),
             Some("store-flip") => (crash_store::flip_campaign, crash_store::FLIP_MUST_OCCUR),

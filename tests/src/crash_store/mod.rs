@@ -34,6 +34,7 @@ use afterimage_blockdev::{DiskId, HistoryId, Lsn, MachineId, Monotonic, Random, 
 use afterimage_seed::RequestId;
 use afterimage_seed::engine::EngineOptions;
 
+use crate::crash_log::{EVERY_MAX, images};
 use crate::report::Report;
 use crate::store_model::{Model, Point};
 use crate::store_rig::{StoreRig, small_store};
@@ -132,6 +133,26 @@ pub fn crash_campaign(seed_from: u64, count: u64) -> Report {
     report
 }
 
+/// As [`crash_campaign`], but where a cut finds few changes without a sync it looks at every set of
+/// them.
+///
+/// # Panics
+/// As [`crash_campaign`].
+#[must_use]
+pub fn every_campaign(seed_from: u64, count: u64) -> Report {
+    let mut report = Report::default();
+    let mut seed = seed_from;
+    while report.images < count {
+        SEED.store(seed, Ordering::Relaxed);
+        let mut campaign = Campaign::new(seed);
+        campaign.looks_at_every_set = true;
+        campaign.run();
+        report.merge(&campaign.report);
+        seed += 1;
+    }
+    report
+}
+
 /// The seed that is being checked, for the message of a check that fails.
 static SEED: AtomicU64 = AtomicU64::new(0);
 
@@ -207,6 +228,7 @@ struct Campaign {
     next_point: u64,
     /// Operations of the medium may fail now.
     is_faulty: bool,
+    looks_at_every_set: bool,
     report: Report,
 }
 
@@ -238,6 +260,7 @@ impl Campaign {
             waiting: HashMap::new(),
             next_point: 1,
             is_faulty: false,
+            looks_at_every_set: false,
             report: Report::default(),
         }
     }
@@ -350,8 +373,10 @@ impl Campaign {
     /// Cuts the power, looks at several images of that cut, and goes on with one.
     fn cut(&mut self, storage: &Arc<SimulatedStorage>) {
         let before = self.known.clone();
-        for _ in 1..IMAGES {
-            let image = storage.power_cut_image(self.random.next_u64());
+        if self.looks_at_every_set && storage.unsynced_changes() <= EVERY_MAX {
+            self.report.count("every-set-of-a-cut");
+        }
+        for image in images(storage, &mut self.random, IMAGES, self.looks_at_every_set) {
             if self.start(&image).is_none() {
                 image.power_cut();
                 image.stop_after(None);

@@ -28,6 +28,8 @@ struct Cli {
 enum Command {
     /// Sends prepared frames to an appliance, as commands on standard input say
     Load(load::LoadArgs),
+    /// Writes histories that are each a fork of the one before
+    Failovers(load::failovers::FailoverArgs),
     /// Writes to a device and makes recovery points, and times them
     Points(points::PointArgs),
     /// Fills a disk's file with data that `needed` knows
@@ -41,6 +43,7 @@ enum Command {
 fn run(command: &Command) -> Result<(), BenchError> {
     match command {
         Command::Load(args) => load::run(args),
+        Command::Failovers(args) => load::failovers::run(args),
         Command::Points(args) => points::run(args),
         Command::Fill(args) => churn::fill(args),
         Command::Churn(args) => churn::run(args),

@@ -96,7 +96,7 @@ fn surviving_names(medium: &Medium, random: &mut Random, counters: &mut Counters
     names
 }
 
-fn share_names(a: &NameChange, b: &NameChange) -> bool {
+pub(super) fn share_names(a: &NameChange, b: &NameChange) -> bool {
     let name_of = |(name, _): &(FileName, Option<u64>)| name.clone();
     a.entries
         .iter()

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::cut::cut;
+use super::every;
 use super::fault::{Counters, Fault, FaultEffect, Plan, count};
 use super::medium::{Edit, Medium, medium_error};
 use crate::buffer::IoBuffer;
@@ -203,6 +204,24 @@ impl SimulatedStorage {
             state.opened,
             counters,
         )
+    }
+
+    /// The number of changes that a power cut at this moment may leave or lose: of files and of
+    /// names, those of operations that wait included.
+    #[must_use]
+    pub fn unsynced_changes(&self) -> usize {
+        every::changes(&self.state.lock().all_started())
+    }
+
+    /// Makes the storage that would come up after a power cut at this moment, if of the
+    /// [`unsynced_changes`](Self::unsynced_changes) just those survived, each whole, whose bit is
+    /// set in `kept`.
+    #[must_use]
+    pub fn power_cut_image_with(&self, kept: u64) -> Arc<Self> {
+        let state = self.state.lock();
+        let medium = every::keep(&state.all_started(), kept);
+        let counters = BTreeMap::new();
+        Self::with_medium(kept, state.options, medium, state.opened, counters)
     }
 
     /// Makes an operation fail.
@@ -486,6 +505,16 @@ impl State {
     }
 
     /// Makes the medium that a power cut leaves.
+    /// The medium if all that waits had begun.
+    fn all_started(&self) -> Medium {
+        let mut medium = self.medium.clone();
+        let waiting = self.pending.iter().filter(|one| one.refusal.is_none());
+        for pending in waiting {
+            start(&mut medium, pending);
+        }
+        medium
+    }
+
     fn survivors(&mut self, random: &mut Random) -> Medium {
         let mut medium = self.medium.clone();
         let mut order: Vec<&Pending> = self.pending.iter().collect();

@@ -3,6 +3,8 @@
 mod admin;
 mod agent;
 mod disk;
+mod job;
+mod live_line;
 mod machine;
 mod mount;
 mod offline;

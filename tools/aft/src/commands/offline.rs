@@ -2,13 +2,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use afterimage_blockdev::ErrorClass;
 use serde_json::Value;
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::pace::{LOOK_EVERY, Pace};
+use super::job;
 use crate::error::AftError;
 use crate::offline::{Checked, Finding, Order, Rebuilt, Store, Walk, What};
 use crate::offline::{check, dump, rebuild, verify};
@@ -23,33 +22,16 @@ pub(super) fn run_check(data_dir: &Path, output: &Output) -> Result<(), AftError
 /// Reads everything on a thread of its own. An interruption ends it behind the present file.
 pub(super) async fn run_verify(data_dir: &Path, output: &Output) -> Result<(), AftError> {
     let store = Store::open(data_dir)?;
-    let system = |error: std::io::Error| AftError::new(ErrorClass::Operator, error.to_string(), "");
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
     let walk = Arc::new(Walk::default());
     let shared = Arc::clone(&walk);
-    let mut job = tokio::task::spawn_blocking(move || verify(&store, &shared));
-    let mut pace = Pace::new("reading", output);
-    let ended = loop {
-        tokio::select! {
-            ended = &mut job => break ended,
-            _ = interrupt.recv() => walk.is_stopping.store(true, Ordering::Relaxed),
-            _ = terminate.recv() => walk.is_stopping.store(true, Ordering::Relaxed),
-            () = tokio::time::sleep(LOOK_EVERY) => pace.look(
-                walk.done_bytes.load(Ordering::Relaxed),
-                walk.total_bytes.load(Ordering::Relaxed),
-            ),
-        }
+    let stop = || walk.is_stopping.store(true, Ordering::Relaxed);
+    let done_and_total = || {
+        let bytes = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (bytes(&walk.done_bytes), bytes(&walk.total_bytes))
     };
-    pace.end();
-    let failed = |error: tokio::task::JoinError| {
-        AftError::new(
-            ErrorClass::Operator,
-            format!("the work failed: {error}"),
-            "report it",
-        )
-    };
-    match ended.map_err(failed)?? {
+    let work = move || verify(&store, &shared);
+    let verified = job::watch("reading", output, stop, done_and_total, work).await?;
+    match verified? {
         Some(checked) => report(&checked, "read", output),
         None => Err(AftError::new(
             ErrorClass::Retry,

@@ -1,37 +1,29 @@
-//! A line on standard error: what is done, how fast it goes and how long it will take.
+//! What is done, how fast it goes and how long it will take, as a line on standard error.
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
+use super::live_line::LiveLine;
 use crate::output::{self, Output};
 
-/// Distance of two looks.
-pub(super) const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// Where nothing can be drawn over, a line is written each so many looks.
-const QUIET_LOOKS: u32 = 20;
 /// What is done within this time needs no line.
 const SHORT: Duration = Duration::from_secs(1);
 
 /// Draws progress.
 pub(super) struct Pace {
-    what: &'static str,
-    is_lively: bool,
+    what: String,
     begun: Instant,
     /// Bytes that were done before.
     start: Option<u64>,
-    looks: u32,
-    has_line: bool,
+    line: LiveLine,
 }
 
 impl Pace {
-    pub(super) fn new(what: &'static str, output: &Output) -> Self {
+    pub(super) fn new(what: &str, output: &Output) -> Self {
         Self {
-            what,
-            is_lively: output.is_lively(),
+            what: output::printable(what),
             begun: Instant::now(),
             start: None,
-            looks: 0,
-            has_line: false,
+            line: LiveLine::new(output),
         }
     }
 
@@ -39,27 +31,15 @@ impl Pace {
     pub(super) fn look(&mut self, done: u64, total: u64) {
         let start = *self.start.get_or_insert(done);
         let passed = self.begun.elapsed();
-        self.looks += 1;
-        if passed < SHORT {
-            return;
-        }
-        let line = line(self.what, (start, done, total), passed);
-        let mut to = std::io::stderr().lock();
-        // Whoever reads may have had enough.
-        if self.is_lively {
-            let _had_enough = write!(to, "\r\x1b[K{line}");
-            let _had_enough = to.flush();
-            self.has_line = true;
-        } else if self.looks.is_multiple_of(QUIET_LOOKS) {
-            let _had_enough = writeln!(to, "{line}");
+        if passed >= SHORT {
+            let line = line(&self.what, (start, done, total), passed);
+            self.line.draw(&line);
         }
     }
 
     /// Ends the line.
     pub(super) fn end(&self) {
-        if self.has_line {
-            eprintln!();
-        }
+        self.line.end();
     }
 }
 

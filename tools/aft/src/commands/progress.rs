@@ -1,20 +1,14 @@
 //! Waits for the first copy of a disk, and shows how far it is.
 
-use std::io::Write;
-use std::time::Duration;
-
 use afterimage_blockdev::ErrorClass;
 use afterimage_protocol::message::DiskPhase;
 use afterimage_protocol::rest::agent::{AgentStatus, TappedDisk};
 
 use super::disk::phase;
+use super::live_line::{LOOK_EVERY, LiveLine};
 use crate::client::Client;
 use crate::error::AftError;
 use crate::output::{self, Output};
-
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// Where nothing can be drawn over, a line is written each so many looks.
-const QUIET_LOOKS: u32 = 20;
 
 /// Waits until the disk is protected. An interruption ends only the waiting.
 pub(super) async fn wait_for_copy(
@@ -22,11 +16,7 @@ pub(super) async fn wait_for_copy(
     agent: &Client,
     output: &Output,
 ) -> Result<TappedDisk, AftError> {
-    let mut drawn = Drawn {
-        is_lively: output.is_lively(),
-        looks: 0,
-        last: String::new(),
-    };
+    let mut drawn = LiveLine::new(output);
     let result = tokio::select! {
         result = poll(name, agent, &mut drawn) => result,
         _ = tokio::signal::ctrl_c() => Err(AftError::new(
@@ -39,7 +29,7 @@ pub(super) async fn wait_for_copy(
     result
 }
 
-async fn poll(name: &str, agent: &Client, drawn: &mut Drawn) -> Result<TappedDisk, AftError> {
+async fn poll(name: &str, agent: &Client, drawn: &mut LiveLine) -> Result<TappedDisk, AftError> {
     loop {
         let status: AgentStatus = agent.get("/v1/status").await?;
         let disk = status
@@ -92,35 +82,6 @@ fn line(disk: &TappedDisk, trouble: &str) -> String {
         }
     }
     text
-}
-
-struct Drawn {
-    is_lively: bool,
-    looks: u32,
-    last: String,
-}
-
-impl Drawn {
-    fn draw(&mut self, line: &str) {
-        let mut err = std::io::stderr().lock();
-        let written = if self.is_lively {
-            write!(err, "\r\x1b[K{line}").and_then(|()| err.flush())
-        } else if self.looks.is_multiple_of(QUIET_LOOKS) && line != self.last {
-            writeln!(err, "{line}")
-        } else {
-            Ok(())
-        };
-        // Progress that nobody can see is no reason to stop.
-        let _unseen = written;
-        self.looks += 1;
-        line.clone_into(&mut self.last);
-    }
-
-    fn end(&self) {
-        if self.is_lively && !self.last.is_empty() {
-            eprintln!();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@ use afterimage_protocol::rest::scrub::{ScrubResult, ScrubStatus};
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::pace::{LOOK_EVERY, Pace};
+use super::live_line::LOOK_EVERY;
+use super::pace::Pace;
 use crate::client::Client;
 use crate::error::AftError;
 use crate::output::{self, Output};

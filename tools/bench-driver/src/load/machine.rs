@@ -33,6 +33,8 @@ pub(crate) struct Machine {
     identity: FrameIdentity,
     disks: Vec<Disk>,
     blocks: u64,
+    /// The history's first record.
+    first: Lsn,
     next: Lsn,
     time: Timestamp,
     random: Random,
@@ -46,29 +48,11 @@ impl Machine {
         disk_bytes: u64,
         seed: u64,
     ) -> Self {
-        let identity = FrameIdentity {
-            machine: stream.machine,
-            history: stream.history,
-            origin: stream.origin,
-            epoch: stream.epoch,
-        };
-        let disk = |answer: DiskAnswer| {
-            let key = DiskKey {
-                id: KeyId(answer.key),
-                secret: answer.secret,
-            };
-            let mut sealer = Sealer::new(Some(&key), keys.tag.clone(), &SystemEntropy);
-            sealer.set_effort(EFFORT);
-            Disk {
-                id: answer.disk,
-                previous: Lsn::ZERO,
-                sealer,
-            }
-        };
         Self {
-            identity,
-            disks: keys.disks.into_iter().map(disk).collect(),
+            identity: identity_of(stream),
+            disks: disks_of(keys),
             blocks: disk_bytes / block_bytes(),
+            first: Lsn(1),
             next: Lsn(1),
             time: Timestamp(0),
             random: Random::new(seed.wrapping_add(1)),
@@ -76,9 +60,21 @@ impl Machine {
         }
     }
 
+    /// Goes on in a history that forks off at the last record.
+    pub(crate) fn fork(&mut self, stream: &StreamIdentity, keys: StreamKeys) {
+        self.identity = identity_of(stream);
+        self.disks = disks_of(keys);
+        self.first = self.next;
+    }
+
+    /// The last record's LSN.
+    pub(crate) fn last(&self) -> Lsn {
+        Lsn(self.next.0.saturating_sub(1))
+    }
+
     /// Says whether [`Machine::start`] was not yet called.
     pub(crate) fn is_new(&self) -> bool {
-        self.next == Lsn(1)
+        self.next == self.first
     }
 
     /// The clock of the records that follow.
@@ -103,11 +99,15 @@ impl Machine {
         }
     }
 
-    /// The first frame: an epoch begins, and a first copy of disks that hold only zeroes.
+    /// The first frame of a history: an epoch begins, and where there is no parent a first copy of
+    /// disks that hold only zeroes.
     pub(crate) fn start(&mut self) -> Frame {
         let mut builder = FrameBuilder::new(self.identity, false);
         let epoch = self.header(RecordKind::EpochStart);
         builder.push_note(&epoch, &[]);
+        if self.first > Lsn(1) {
+            return builder.finish();
+        }
         let note: Vec<u8> = self.disks.iter().flat_map(|disk| disk.id.0).collect();
         for (kind, note) in [
             (RecordKind::BatchBegin(BatchKind::Initial), note.as_slice()),
@@ -143,6 +143,32 @@ impl Machine {
         }
         builder.finish()
     }
+}
+
+fn identity_of(stream: &StreamIdentity) -> FrameIdentity {
+    FrameIdentity {
+        machine: stream.machine,
+        history: stream.history,
+        origin: stream.origin,
+        epoch: stream.epoch,
+    }
+}
+
+fn disks_of(keys: StreamKeys) -> Vec<Disk> {
+    let disk = |answer: DiskAnswer| {
+        let key = DiskKey {
+            id: KeyId(answer.key),
+            secret: answer.secret,
+        };
+        let mut sealer = Sealer::new(Some(&key), keys.tag.clone(), &SystemEntropy);
+        sealer.set_effort(EFFORT);
+        Disk {
+            id: answer.disk,
+            previous: Lsn::ZERO,
+            sealer,
+        }
+    };
+    keys.disks.into_iter().map(disk).collect()
 }
 
 /// Bytes of a block, as the records count them.

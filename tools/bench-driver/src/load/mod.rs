@@ -11,6 +11,7 @@
 //! Commands on standard input, each answered by one line of JSON: `prepare BYTES` seals so many
 //! bytes of user data, over all machines; `replay` sends them; `quit` ends in order.
 
+pub(crate) mod failovers;
 mod machine;
 mod pool;
 mod session;
@@ -26,7 +27,7 @@ use tokio::task::JoinSet;
 use crate::error::BenchError;
 use machine::Machine;
 use pool::{Prepared, prepare};
-use session::Session;
+use session::{Opening, Session};
 
 /// Arguments of `load`.
 #[derive(clap::Args, Debug)]
@@ -94,8 +95,8 @@ impl Load {
         };
         for (number, directory) in directories.iter().enumerate() {
             let seed = u64::try_from(number).unwrap_or(0);
-            let (session, stream) =
-                Session::connect(directory, args.disks, args.disk_bytes).await?;
+            let opening = Opening::new(args.disks, args.disk_bytes);
+            let (session, stream) = Session::connect(directory, &opening).await?;
             let session = Arc::new(session);
             load.tasks.spawn(Arc::clone(&session).run(stream));
             let keys = load.unless_broken(session.keys()).await?;

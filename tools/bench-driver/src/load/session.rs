@@ -6,9 +6,11 @@ use std::time::Duration;
 use afterimage_agent::link::tls::{agent_config, server_name};
 use afterimage_agent::state::StateDir;
 use afterimage_agent::state::identity::Identity;
-use afterimage_blockdev::{BLOCK_BYTES, Clock, Entropy, Epoch, Lsn, SystemClock, SystemEntropy};
+use afterimage_blockdev::{
+    BLOCK_BYTES, Clock, DiskId, Entropy, Epoch, HistoryId, Lsn, SystemClock, SystemEntropy,
+};
 use afterimage_cache::TagKey;
-use afterimage_protocol::message::{DiskDescription, SourceReport};
+use afterimage_protocol::message::{DiskDescription, ForkPoint, SourceReport};
 use afterimage_protocol::sender::{DiskAnswer, Sender, SenderEvent, StreamIdentity};
 use afterimage_protocol::wire::{self, PREFIX_BYTES};
 use parking_lot::Mutex;
@@ -34,6 +36,36 @@ struct State {
     is_closing: bool,
 }
 
+/// What a session writes.
+pub(crate) struct Opening {
+    /// The history; `None` for the one that the agent enrolled with.
+    pub(crate) history: Option<HistoryId>,
+    /// Where it forked off.
+    pub(crate) parent: Option<ForkPoint>,
+    /// The writer's epoch.
+    pub(crate) epoch: Epoch,
+    /// The machine's disks.
+    pub(crate) disks: Vec<DiskDescription>,
+}
+
+impl Opening {
+    /// The first epoch, with disks that nobody knows yet.
+    pub(crate) fn new(disks: usize, disk_bytes: u64) -> Self {
+        let disk = |number: usize| DiskDescription {
+            disk: DiskId(SystemEntropy.identity()),
+            name: format!("disk{number}"),
+            size_bytes: disk_bytes,
+            logical_block_bytes: u32::try_from(BLOCK_BYTES).unwrap_or(u32::MAX),
+        };
+        Self {
+            history: None,
+            parent: None,
+            epoch: Epoch(1),
+            disks: (0..disks).map(disk).collect(),
+        }
+    }
+}
+
 /// See the module's text.
 pub(crate) struct Session {
     pub(crate) identity: StreamIdentity,
@@ -47,8 +79,7 @@ impl Session {
     /// Connects as the agent whose state directory this is.
     pub(crate) async fn connect(
         directory: &Path,
-        disks: usize,
-        disk_bytes: u64,
+        opening: &Opening,
     ) -> Result<(Self, TlsStream<TcpStream>), BenchError> {
         let state = StateDir::open(directory)?;
         let known = Identity::load(&state)?;
@@ -68,18 +99,12 @@ impl Session {
             program: concat!("afterimage-bench ", env!("CARGO_PKG_VERSION")).to_owned(),
             machine: known.machine,
             name: known.machine_name,
-            history: known.history,
-            parent: None,
+            history: opening.history.unwrap_or(known.history),
+            parent: opening.parent,
             origin: known.agent,
-            epoch: Epoch(1),
+            epoch: opening.epoch,
         };
-        let disk = |number: usize| DiskDescription {
-            disk: afterimage_blockdev::DiskId(SystemEntropy.identity()),
-            name: format!("disk{number}"),
-            size_bytes: disk_bytes,
-            logical_block_bytes: u32::try_from(BLOCK_BYTES).unwrap_or(u32::MAX),
-        };
-        let sender = Sender::new(identity.clone(), (0..disks).map(disk).collect());
+        let sender = Sender::new(identity.clone(), opening.disks.clone());
         let state = State {
             sender,
             pool: Pool::default(),
