@@ -9,6 +9,11 @@
 //! * A block stays in memory until a snapshot that contains it is in use; so a read always finds
 //!   the newest write, durable or not.
 //! * Memory is bounded: above `PENDING_BYTES_MAX` writes wait for the log.
+//! * A write that the branch's limit does not allow fails and changes nothing.
+
+mod change;
+mod extents;
+mod quota;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -16,15 +21,21 @@ use std::sync::{Arc, Weak};
 use afterimage_blockdev::range_lock::{RangeGuard, RangeLock};
 use afterimage_blockdev::{
     BLOCK_BYTES, BatchId, BlockCompleter, BlockCompletion, BlockDevice, BlockError, BlockErrorKind,
-    BlockIndex, BlockOp, BlockOutcome, Clock, DiskId, Entropy, Extent, ExtentKind, Geometry,
-    IoBuffer, Lsn, Timestamp, Token,
+    BlockIndex, BlockOp, BlockOutcome, Clock, DiskId, Entropy, ExtentKind, Geometry, IoBuffer, Lsn,
+    Timestamp, Token,
 };
 use afterimage_cache::{
     Frame, FrameBuilder, FrameIdentity, RecordHeader, RecordKind, Sealer, TagKey,
 };
 use parking_lot::Mutex;
 
+use self::change::{Change, write_error};
+use self::extents::{LaidOver, Layer};
+use self::quota::Account;
+pub(crate) use self::quota::OwnBlocks;
+pub use self::quota::Usage;
 use crate::engine::ForkedBranch;
+use crate::error::SeedError;
 use crate::reader::{ReadFailure, Reader, Sink};
 use crate::section::Snapshot;
 use crate::view::{ViewDevice, device_error_kind};
@@ -80,12 +91,41 @@ struct State {
     blocked: VecDeque<Box<dyn FnOnce() + Send>>,
     is_refreshing: bool,
     failure: Option<String>,
+    account: Account,
 }
 
 impl State {
     fn count_pending(&mut self) {
         // A range costs little memory, but every read looks at it.
         self.pending_bytes = (self.blocks.len() + self.ranges.len()) * BLOCK_BYTES;
+    }
+
+    /// What is newer than the snapshot within a range of bytes.
+    fn layers(&self, offset: u64, length: u64) -> Vec<Layer> {
+        let within = offset..offset + length;
+        let bytes = |first: u64, count: u64| {
+            let at = BlockIndex(first).offset();
+            at..at.saturating_add(count.saturating_mul(BLOCK_BYTES as u64))
+        };
+        let zeroes = self
+            .ranges
+            .iter()
+            .map(|range| bytes(range.first, range.count));
+        let first = BlockIndex::containing(offset).0;
+        let end = within.end.div_ceil(BLOCK_BYTES as u64);
+        let is_cleared = |block: u64, lsn: Lsn| {
+            self.ranges.iter().any(|range| {
+                range.lsn > lsn && block >= range.first && block - range.first < range.count
+            })
+        };
+        let data = self.blocks.range(first..end.max(first));
+        let data = data
+            .filter(|(block, pending)| !is_cleared(**block, pending.lsn))
+            .map(|(block, _)| bytes(*block, 1));
+        vec![
+            Layer::new(ExtentKind::Zero, zeroes, &within),
+            Layer::new(ExtentKind::Data, data, &within),
+        ]
     }
 }
 
@@ -104,11 +144,35 @@ pub struct BranchDevice {
     sealing: Mutex<Sealer>,
 }
 
+/// What a branch was found to hold when it was opened.
+#[derive(Debug)]
+pub struct BranchContents(OwnBlocks);
+
+impl BranchContents {
+    /// Of a branch that was just forked: nothing.
+    #[must_use]
+    pub fn none() -> Self {
+        Self(OwnBlocks::default())
+    }
+
+    /// Finds out what a branch holds, from a snapshot of it.
+    pub fn find(
+        reader: &Arc<Reader>,
+        newest: &Arc<Snapshot>,
+        done: impl FnOnce(Result<Self, SeedError>) + Send + 'static,
+    ) {
+        reader.own_blocks(newest, move |own| done(own.map(Self)));
+    }
+}
+
 impl BranchDevice {
-    /// Makes the device of a forked history.
+    /// Makes the device of a forked history, or of one that is opened again. `usage` is set to what
+    /// it holds.
     #[must_use]
     pub fn new(
         branch: &ForkedBranch,
+        contents: BranchContents,
+        usage: Arc<Usage>,
         reader: Arc<Reader>,
         sink: Arc<dyn FrameSink>,
         clock: Arc<dyn Clock>,
@@ -149,6 +213,7 @@ impl BranchDevice {
                 blocked: VecDeque::new(),
                 is_refreshing: false,
                 failure: None,
+                account: Account::new(usage, contents.0),
             }),
             sealing: Mutex::new(Sealer::new(Some(&branch.key), tag_key, entropy)),
         })
@@ -289,13 +354,16 @@ impl BranchDevice {
         }
     }
 
-    /// Writes whole blocks: they take effect here.
-    fn put(&self, offset: u64, data: IoBuffer) -> Lsn {
+    /// Writes whole blocks: they take effect here, unless the limit forbids it.
+    fn put(&self, offset: u64, data: IoBuffer) -> Result<Lsn, BlockErrorKind> {
         let (lsn, is_frame) = {
             let mut state = self.state.lock();
+            let first = BlockIndex::containing(offset).0;
+            if !state.account.take(first, (data.len() / BLOCK_BYTES) as u64) {
+                return Err(BlockErrorKind::NoSpace);
+            }
             let record = self.record(&mut state, RecordKind::Write, offset, data.len() as u64);
             let data = Arc::new(data);
-            let first = BlockIndex::containing(offset).0;
             for place in 0..data.len() / BLOCK_BYTES {
                 let block = PendingBlock {
                     lsn: record.lsn,
@@ -312,7 +380,7 @@ impl BranchDevice {
         if is_frame {
             self.seal();
         }
-        lsn
+        Ok(lsn)
     }
 
     /// Makes whole blocks zero.
@@ -321,13 +389,13 @@ impl BranchDevice {
         let record = self.record(&mut state, kind, offset, length);
         let first = BlockIndex::containing(offset).0;
         let count = length / BLOCK_BYTES as u64;
+        state.account.give(first, count);
         state.ranges.push(PendingRange {
             lsn: record.lsn,
             first,
             count,
         });
         state.count_pending();
-
         state.queue.push((record, None));
         record.lsn
     }
@@ -485,28 +553,33 @@ impl BranchDevice {
         let is_whole = range.start == offset && range.end == offset + length;
         match change {
             Change::Write { data, fua, .. } if is_whole => {
-                let lsn = self.put(offset, data);
+                let put = self.put(offset, data);
                 drop(guard);
-                self.finish(lsn, fua, token, to);
+                let put = put.map_err(|kind| write_error(offset, length, kind));
+                self.finish(put, fua, token, to);
             }
             Change::Clear { kind, .. } if is_whole => {
                 let lsn = self.clear(kind, offset, length);
                 drop(guard);
-                self.finish(lsn, false, token, to);
+                self.finish(Ok(lsn), false, token, to);
             }
             other => self.merge(token, other, &range, guard, to),
         }
     }
 
-    fn finish(&self, lsn: Lsn, fua: bool, token: Token, to: Arc<dyn BlockCompleter>) {
-        if fua {
-            self.complete_at(lsn, token, to);
-        } else {
-            to.complete(BlockCompletion {
-                token,
-                result: Ok(BlockOutcome::Done),
-            });
-        }
+    fn finish(
+        &self,
+        put: Result<Lsn, BlockError>,
+        fua: bool,
+        token: Token,
+        to: Arc<dyn BlockCompleter>,
+    ) {
+        let result = match put {
+            Ok(lsn) if fua => return self.complete_at(lsn, token, to),
+            Ok(_) => Ok(BlockOutcome::Done),
+            Err(error) => Err(error),
+        };
+        to.complete(BlockCompletion { token, result });
     }
 
     /// Changes parts of blocks: reads them whole, under the lock, and writes them whole.
@@ -547,9 +620,10 @@ impl BranchDevice {
                     let at = usize::try_from(offset - start).unwrap_or(0);
                     let len = usize::try_from(length).unwrap_or(0);
                     let fua = change.apply(&mut whole[at..at + len]);
-                    let lsn = this.put(start, whole);
+                    let put = this.put(start, whole);
                     drop(guard);
-                    this.finish(lsn, fua, token, to);
+                    let put = put.map_err(|kind| change.error(kind));
+                    this.finish(put, fua, token, to);
                 }
                 Err(failure) => {
                     let error = change.error(device_error_kind(&failure.error));
@@ -583,19 +657,19 @@ impl BranchDevice {
         rest[place].1 = 0;
         let first = BlockIndex::containing(offset);
         let this = Arc::clone(&self);
-        self.read_blocks(
-            first,
-            IoBuffer::zeroed(BLOCK_BYTES),
-            move |result| match result {
+        self.read_blocks(first, IoBuffer::zeroed(BLOCK_BYTES), move |result| {
+            let put = match result {
                 Ok(mut whole) => {
                     let at = usize::try_from(offset - first.offset()).unwrap_or(0);
                     let len = usize::try_from(length).unwrap_or(0);
                     whole[at..at + len].fill(0);
-                    this.put(first.offset(), whole);
-                    this.clear_edges(token, rest, guard, to);
+                    this.put(first.offset(), whole)
                 }
-                Err(failure) => {
-                    let kind = device_error_kind(&failure.error);
+                Err(failure) => Err(device_error_kind(&failure.error)),
+            };
+            match put {
+                Ok(_) => this.clear_edges(token, rest, guard, to),
+                Err(kind) => {
                     let error = BlockError {
                         operation: "write-zeroes",
                         offset,
@@ -608,60 +682,8 @@ impl BranchDevice {
                         result: Err(error),
                     });
                 }
-            },
-        );
-    }
-}
-
-/// A request that changes content.
-enum Change {
-    Write {
-        offset: u64,
-        data: IoBuffer,
-        fua: bool,
-    },
-    Clear {
-        kind: RecordKind,
-        offset: u64,
-        length: u64,
-    },
-}
-
-impl Change {
-    fn range(&self) -> (u64, u64) {
-        match self {
-            Self::Write { offset, data, .. } => (*offset, data.len() as u64),
-            Self::Clear { offset, length, .. } => (*offset, *length),
-        }
-    }
-
-    fn error(&self, kind: BlockErrorKind) -> BlockError {
-        let (offset, length) = self.range();
-        let operation = if matches!(self, Self::Write { .. }) {
-            "write"
-        } else {
-            "write-zeroes"
-        };
-        BlockError {
-            operation,
-            offset,
-            length,
-            kind,
-        }
-    }
-
-    /// Changes these bytes; gives back whether they must be durable at once.
-    fn apply(&self, bytes: &mut [u8]) -> bool {
-        match self {
-            Self::Write { data, fua, .. } => {
-                bytes.copy_from_slice(data);
-                *fua
             }
-            Self::Clear { .. } => {
-                bytes.fill(0);
-                false
-            }
-        }
+        });
     }
 }
 
@@ -722,23 +744,13 @@ impl BlockDevice for BranchDevice {
                 self.complete_at(last, token, to);
             }
             BlockOp::Extents { offset, length } => {
-                let (snapshot, is_fresh) = {
+                let (snapshot, layers) = {
                     let state = self.state.lock();
-                    let is_fresh = !state.blocks.is_empty() || !state.ranges.is_empty();
-                    (Arc::clone(&state.snapshot), is_fresh)
+                    (Arc::clone(&state.snapshot), state.layers(offset, length))
                 };
-                if is_fresh {
-                    // What is in memory may be anywhere: calling a hole data is allowed.
-                    let extents = vec![Extent {
-                        offset,
-                        length,
-                        kind: ExtentKind::Data,
-                    }];
-                    let result = Ok(BlockOutcome::Extents(extents));
-                    return to.complete(BlockCompletion { token, result });
-                }
                 let view = ViewDevice::new(Arc::clone(&self.reader), snapshot);
-                view.submit(token, BlockOp::Extents { offset, length }, to);
+                let over = Arc::new(LaidOver { layers, to });
+                view.submit(token, BlockOp::Extents { offset, length }, over);
             }
             other @ BlockOp::Grow { .. } => {
                 let error = other.error(BlockErrorKind::NotSupported);

@@ -62,6 +62,12 @@ pub enum SeedError {
         /// Another agent holds the machine; otherwise the epoch is stale.
         is_held: bool,
     },
+    /// Something is under way that has to end first.
+    #[error("{message}")]
+    Busy {
+        /// What and why.
+        message: String,
+    },
     /// The state asked for is not whole.
     #[error("{message}")]
     Incomplete {
@@ -83,6 +89,7 @@ impl SeedError {
             Self::NewerFormat { .. } | Self::WrongStoreKey { .. } => ErrorClass::Operator,
             Self::Refused { .. } | Self::Incomplete { .. } => ErrorClass::Refused,
             Self::Fenced { .. } => ErrorClass::Fenced,
+            Self::Busy { .. } => ErrorClass::Retry,
         }
     }
 
@@ -94,6 +101,7 @@ impl SeedError {
             | Self::Incomplete { hint, .. }
             | Self::Fenced { hint, .. } => hint,
             Self::NewerFormat { .. } => "start the newer program again, or use another directory",
+            Self::Busy { .. } => "try again",
             Self::WrongStoreKey { .. } => "put the store.key back that belongs to this directory",
             Self::Damaged { .. } | Self::SegmentMissing { .. } => {
                 "run `aft log verify`, and resync the disks that it names"

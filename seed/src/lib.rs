@@ -12,10 +12,12 @@
 //! thread. `FORMAT.md` beside this crate describes the bytes.
 
 pub mod branch;
+pub mod changed;
 pub mod engine;
 pub mod entry;
 pub mod error;
 pub mod manifest;
+pub mod notes;
 mod patchwork;
 pub mod reader;
 pub mod reference;
@@ -26,7 +28,7 @@ pub mod segment;
 pub mod verify;
 pub mod view;
 
-pub use branch::{BranchDevice, FrameSink};
+pub use branch::{BranchContents, BranchDevice, FrameSink, Usage};
 pub use engine::{Engine, EngineOptions, Event, Input, Output, Request, RequestId, Response};
 pub use entry::{Entry, EntryKind, RangeEntry};
 pub use error::SeedError;

@@ -87,6 +87,7 @@ pub struct SeedSegmentBuilder {
     slots: u32,
     /// Slots that it holds.
     held: u32,
+    needs_notes: u32,
 }
 
 impl SeedSegmentBuilder {
@@ -114,7 +115,13 @@ impl SeedSegmentBuilder {
             pending_at: 0,
             slots: 0,
             held: 0,
+            needs_notes: 0,
         }
+    }
+
+    /// Says which notes tell what was left out of it: those of this number, or later ones.
+    pub fn need_notes(&mut self, number: u32) {
+        self.needs_notes = number;
     }
 
     /// The segment.
@@ -199,6 +206,7 @@ impl SeedSegmentBuilder {
         let mut footer = [0; SECTOR];
         put(&mut footer, 0, FOOTER_MAGIC);
         put(&mut footer, 8, &SEED_SEGMENT_VERSION.to_le_bytes());
+        put(&mut footer, 12, &self.needs_notes.to_le_bytes());
         put(&mut footer, 16, &self.store.0);
         put(&mut footer, 32, &self.segment.0.to_le_bytes());
         put(&mut footer, 36, &self.slots.to_le_bytes());
@@ -257,6 +265,8 @@ pub struct SeedFooter {
     pub directory_offset: u64,
     /// Hash over the hashes of all slots.
     pub root: [u8; 32],
+    /// Number of the notes that tell what was left out; 0 when nothing was, or nothing tells.
+    pub needs_notes: u32,
     directory_hash: [u8; 32],
 }
 
@@ -338,6 +348,7 @@ impl SeedFooter {
             entry_count: get_u32(bytes, 44).ok_or_else(short)?,
             directory_offset: get_u64(bytes, 48).ok_or_else(short)?,
             root: array(bytes, 56).ok_or_else(short)?,
+            needs_notes: get_u32(bytes, 12).ok_or_else(short)?,
             directory_hash: array(bytes, 88).ok_or_else(short)?,
         })
     }

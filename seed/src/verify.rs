@@ -13,6 +13,7 @@ use afterimage_cache::{Damage, SlotView};
 use crate::engine::StoreFile;
 use crate::error::SeedError;
 use crate::manifest::{Edit, Found, Walked, manifest_file};
+use crate::notes::NotesFile;
 use crate::patchwork::Patchwork;
 use crate::run::{self, PAGE_BYTES, RunFooter, RunId, decode_page, place_of, run_file};
 use crate::segment::{FOOTERS_BYTES, SeedFooter, SlotEntry, check_header, seed_file};
@@ -85,6 +86,7 @@ pub fn verify_file(
         StoreFile::Log(segment) => segment_file("log", segment),
         StoreFile::Seed(segment, generation) => seed_file(segment, generation),
         StoreFile::Run(run) => run_file(run),
+        StoreFile::Notes(notes) => notes.name(),
     };
     let opened = wait::storage(storage, StorageOp::Open { name: name.clone() });
     let mut check = Check {
@@ -115,7 +117,7 @@ pub fn verify_file(
         length,
     };
     match file {
-        StoreFile::Run(run) => check.run(run, &source),
+        StoreFile::Run(run) | StoreFile::Notes(NotesFile::Rest(run, _)) => check.run(run, &source),
         _ if length > WHOLE_BYTES_MAX => {
             let (structure, field) = ("file", "length");
             check.damaged(0, Damage::Field { structure, field }, None);
@@ -123,7 +125,15 @@ pub fn verify_file(
         StoreFile::Manifest(_) => {
             let (bytes, unreadable) = source.read(0, length);
             check.was_read(&bytes, &unreadable);
-            check.manifest(&bytes, &unreadable);
+            for edit in check.manifest(&bytes, &unreadable) {
+                check.found.note(&edit);
+            }
+        }
+        // What it says of segments may be older than they are.
+        StoreFile::Notes(NotesFile::State(_)) => {
+            let (bytes, unreadable) = source.read(0, length);
+            check.was_read(&bytes, &unreadable);
+            let _edits = check.manifest(&bytes, &unreadable);
         }
         StoreFile::Log(segment) => {
             let bytes = check.read(&source, 0, length);
@@ -233,17 +243,16 @@ impl Check<'_> {
         bytes
     }
 
-    /// The manifest may grow meanwhile: its last commit is not judged, as at a start.
-    fn manifest(&mut self, bytes: &[u8], unreadable: &[u64]) {
+    /// The manifest may grow meanwhile: its last commit is not judged, as at a start. Gives back
+    /// its edits.
+    fn manifest(&mut self, bytes: &[u8], unreadable: &[u64]) -> Vec<Edit> {
         match Found::walk(bytes, unreadable) {
             Walked::Whole(found) => {
                 for offset in &found.damaged {
                     let structure = "one copy of a manifest commit";
                     self.damaged(*offset, Damage::Hash { structure }, None);
                 }
-                for edit in found.edits {
-                    self.found.note(&edit);
-                }
+                return found.edits;
             }
             Walked::Damaged(offset, damage) => self.damaged(offset, damage, None),
             Walked::NotWhole => {
@@ -260,6 +269,7 @@ impl Check<'_> {
                 self.damaged(0, damage, None);
             }
         }
+        Vec::new()
     }
 
     fn log(&mut self, segment: SegmentId, bytes: &[u8]) {

@@ -31,6 +31,10 @@ impl ViewDevice {
     pub fn snapshot(&self) -> &Arc<Snapshot> {
         &self.snapshot
     }
+
+    pub(crate) fn reader(&self) -> &Arc<Reader> {
+        &self.reader
+    }
 }
 
 impl BlockDevice for ViewDevice {

@@ -10,10 +10,12 @@ use afterimage_cache::SlotContext;
 use afterimage_cache::key::WRAPPED_BYTES;
 use afterimage_seed::entry::{Entry, EntryKind, RangeEntry};
 use afterimage_seed::manifest::{
-    BatchRecord, Edit, HistoryState, ManifestCommit, PointKind, PointRecord,
+    BatchRecord, Edit, HistoryState, ManifestCommit, Noted, PointKind, PointRecord, QuotaOf,
 };
 use afterimage_seed::reference::{At, Reference, format_time, parse_time};
-use afterimage_seed::retention::{ClockRecord, Elapsed, Lock, LockRule, Policy, Tier};
+use afterimage_seed::retention::{
+    ChurnRecord, ClockRecord, Elapsed, Lock, LockRule, Policy, Stored, Tier,
+};
 use afterimage_seed::run::{
     PAGE_BYTES, RunFooter, RunId, SectionContent, SectionName, TimeSample, decode_page, encode_run,
     place_of,
@@ -209,7 +211,54 @@ fn edit() -> impl Strategy<Value = Edit> {
             history: HistoryId(history),
             lsn: Lsn(lsn),
         }),
+        noted().prop_map(Edit::Noted),
+        (0..3, id(), any::<u64>()).prop_map(|(kind, id, bytes)| Edit::Quota {
+            of: match kind {
+                0 => QuotaOf::Store,
+                1 => QuotaOf::Machine(MachineId(id)),
+                _ => QuotaOf::Disk(DiskId(id)),
+            },
+            bytes,
+        }),
+        (id(), any::<[u64; 10]>()).prop_map(|(disk, fields)| Edit::Churn {
+            disk: DiskId(disk),
+            churn: churn(fields),
+        }),
     ]
+}
+
+fn noted() -> impl Strategy<Value = Noted> {
+    prop_oneof![
+        any::<(u32, u64, u32, u64)>().prop_map(|(number, sequence, rest, rest_through)| {
+            Noted::Notes {
+                number,
+                sequence,
+                rest: RunId(rest),
+                rest_through,
+            }
+        }),
+        (id(), any::<u64>()).prop_map(|(history, lsn)| Noted::Known {
+            history: HistoryId(history),
+            lsn: Lsn(lsn),
+        }),
+        any::<(u32, u64, u32)>().prop_map(|(segment, last_sequence, needed)| Noted::Moving {
+            segment: SegmentId(segment),
+            last_sequence,
+            needed,
+        }),
+    ]
+}
+
+fn churn([measured_ns, bytes, slots, rest @ ..]: [u64; 10]) -> ChurnRecord {
+    let stored = |bytes, blocks| Stored { bytes, blocks };
+    ChurnRecord {
+        measured_ns,
+        bytes,
+        slots,
+        data: stored(rest[0], rest[1]),
+        bulk: stored(rest[2], rest[3]),
+        distinct: [rest[4], rest[5], rest[6]],
+    }
 }
 
 fn commit() -> impl Strategy<Value = ManifestCommit> {
@@ -401,9 +450,11 @@ proptest! {
     fn seed_segments_come_back(
         slots in vec((0..1u64 << 40, 1..16u8, any::<u64>(), 88..2000usize), 0..40),
         spoilt in prop_oneof![Just(None), any::<usize>().prop_map(Some)],
+        notes in any::<u32>(),
     ) {
         let segment = SegmentId(5 | 1 << 31);
         let mut builder = SeedSegmentBuilder::new(STORE, segment);
+        builder.need_notes(notes);
         let mut expected = Vec::new();
         let mut offset = SECTOR;
         for (cell, mask, lsn, len) in slots {
@@ -427,6 +478,7 @@ proptest! {
         let footer = SeedFooter::find(&bytes[tail..], STORE, segment).unwrap();
         let at = usize::try_from(footer.directory_offset).unwrap();
         let (offsets, entries) = footer.find_directory(&bytes[at..]).unwrap();
+        prop_assert_eq!(footer.needs_notes, notes);
         prop_assert_eq!(entries.len(), expected.len());
         for ((slot, entry), (offset, context)) in (0u32..).zip(&entries).zip(&expected) {
             prop_assert_eq!(offsets.get(slot), Some(*offset));

@@ -7,7 +7,7 @@
 
 mod rig;
 
-use afterimage_blockdev::{AgentId, BatchId, DiskId, Epoch, HistoryId, Lsn, PointId};
+use afterimage_blockdev::{AgentId, BatchId, DiskId, Epoch, FileName, HistoryId, Lsn, PointId};
 use afterimage_cache::{FrameBuilder, MarkKind, RecordKind};
 use afterimage_seed::engine::StreamEnd;
 use afterimage_seed::manifest::{Edit, ManifestCommit};
@@ -250,4 +250,38 @@ fn frames_that_make_sense_are_taken_as_before() {
     let header = rig.header(RecordKind::Mark(MarkKind::Heartbeat));
     builder.push_note(&header, &[]);
     assert!(!builder.is_empty());
+}
+
+/// Nothing depends on notes: what stands under their names neither stops a store nor misleads it.
+#[test]
+fn notes_of_any_content_and_number_cost_nothing() {
+    let medium = closed_store();
+    for name in [
+        "state-4294967295.notes",
+        "state-0000000900.notes",
+        "state-0000000901.notes.new",
+        "rest-4294967295-7.notes",
+        "rest-0000000900-18446744073709551615.notes",
+        "rest-0000000901-7.notes.new",
+    ] {
+        let name = FileName::new(format!("segments/{name}"));
+        medium.put(&name, b"neither a manifest nor a run");
+    }
+    let mut rig = Rig::start(&medium);
+    assert!(rig.is_ready, "{:?}", rig.failure);
+    assert_eq!(rig.read(0), Ok(7));
+    rig.open();
+    rig.write(2, 9);
+    rig.stop();
+    let names = medium.names("segments");
+    let notes: Vec<&str> = names
+        .iter()
+        .map(FileName::base)
+        .filter(|name| name.contains("notes"))
+        .collect();
+    // A number that was there is not given out again, and older notes go when newer ones are there.
+    assert_eq!(notes, ["state-0000000901.notes"]);
+    let mut again = Rig::start(&medium);
+    assert!(again.is_ready, "{:?}", again.failure);
+    assert_eq!(again.read(0), Ok(7));
 }

@@ -13,8 +13,8 @@ use afterimage_blockdev::{
 use afterimage_cache::Frame;
 use afterimage_seed::engine::{ForkedBranch, StreamNumber, TakenSnapshot};
 use afterimage_seed::{
-    BranchDevice, Engine, EngineOptions, Event, FrameSink, Input, Output, Request, RequestId,
-    Response, SeedError, ViewDevice,
+    BranchContents, BranchDevice, Engine, EngineOptions, Event, FrameSink, Input, Output, Request,
+    RequestId, Response, SeedError, Usage, ViewDevice,
 };
 use parking_lot::Mutex;
 
@@ -418,6 +418,8 @@ impl StoreRig {
         let queue = Arc::clone(&self.from_branches);
         let device = BranchDevice::new(
             branch,
+            BranchContents::none(),
+            Arc::new(Usage::new(None)),
             self.engine.reader().expect("the store is open"),
             Arc::new(BranchSink { queue, stream }),
             Arc::clone(&self.clock) as Arc<dyn Clock>,

@@ -236,14 +236,32 @@ fn a_store_is_rebuilt_or_the_reason_is_said() {
     assert!(store.findings("verify", &data_dir).is_empty());
     store.assert_same_points();
 
-    // The manifest is gone: keys are nowhere else.
+    // The manifest is gone: notes know as much.
     store.put(&pristine);
     fs::remove_file(manifest(&data_dir)).unwrap();
+    let outcome = store.offline("rebuild", &data_dir, &in_place);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    let said: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    assert_eq!(said["points_of_marks"], 0, "{said}");
+    assert!(store.findings("verify", &data_dir).is_empty());
+    store.assert_same_points();
+
+    // Notes are gone as well, as in a store that never wrote any: keys are nowhere else.
+    let without_notes = || {
+        for name in files(&data_dir, "segments") {
+            if name.ends_with(".notes") {
+                fs::remove_file(data_dir.join(name)).unwrap();
+            }
+        }
+    };
+    store.put(&pristine);
+    fs::remove_file(manifest(&data_dir)).unwrap();
+    without_notes();
     let refused = store.offline("rebuild", &data_dir, &in_place);
     refused.refuses(3, &["keys of the disks", "--manifest"]);
     let with_early = ["--in-place", "--manifest", &early];
     let refused = store.offline("rebuild", &data_dir, &with_early);
-    refused.refuses(3, &["newer than this manifest"]);
+    refused.refuses(3, &["newer than what manifest and notes know"]);
 
     // A copy that is older than the third point: that one comes back by its mark.
     let target = store.scene.root.join("new");
@@ -261,6 +279,7 @@ fn a_store_is_rebuilt_or_the_reason_is_said() {
 
     // Both copies of the commit that named the second point: it comes back by its mark.
     store.put(&pristine);
+    without_notes();
     let path = manifest(&data_dir);
     let number = path.file_name().unwrap().to_owned();
     let dump = store.offline("dump", &data_dir, &[]).stdout;

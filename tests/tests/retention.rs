@@ -56,7 +56,7 @@ impl Scene {
             machine: writer.machine,
             name: writer.name.clone(),
             history: writer.history,
-            parent: None,
+            parent: writer.parent,
             origin: writer.origin,
             epoch: writer.epoch,
         }) {
@@ -410,6 +410,7 @@ fn below_the_window_only_points_are_shown() {
 fn without_room_windows_give_way_before_points_and_locks_hold() {
     let mut scene = Scene::with(EngineOptions {
         budget_bytes: 4 << 20,
+        manifest_bytes: 128 << 10,
         window_min: Duration::from_secs(10),
         collect_interval: HOUR * 24,
         ..options()
@@ -465,4 +466,38 @@ fn without_room_windows_give_way_before_points_and_locks_hold() {
     scene.restart(MINUTE);
     assert_eq!(scene.shows(locked.lsn), Ok(locked.lsn));
     assert_eq!(scene.shows(last), Ok(last));
+}
+
+/// The ranges of a disk go through the forks of its history, the oldest first, and each of them is
+/// shown as said.
+#[test]
+fn ranges_go_through_forks() {
+    let mut scene = Scene::new();
+    scene.copy();
+    let mut lasts = Vec::new();
+    for _ in 0..3 {
+        scene.write();
+        let last = scene.write();
+        lasts.push((scene.writer.history, last));
+        scene
+            .writer
+            .rescue(scene.writer.history, last, &mut scene.model);
+        scene.open();
+    }
+    let last = scene.write();
+    lasts.push((scene.writer.history, last));
+    let info = scene.info();
+    let reaches = info.machines[0].disks[0].reaches.clone();
+    let found: Vec<_> = reaches
+        .iter()
+        .map(|reach| (reach.history, reach.last))
+        .collect();
+    assert_eq!(found, lasts);
+    for (parent, child) in reaches.iter().zip(&reaches[1..]) {
+        assert_eq!(child.first, parent.last.next());
+    }
+    for reach in &reaches {
+        assert_eq!(scene.shows(reach.first), Ok(reach.first));
+        assert_eq!(scene.shows(reach.last), Ok(reach.last));
+    }
 }

@@ -17,9 +17,11 @@ const UNFINISHED: [&str; 3] = [
 ];
 
 /// Which rooms a room may know, in this order from the lowest floor up. Tests may know all.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("afterimage-blockdev", &[]),
     ("afterimage-export", &["afterimage-blockdev"]),
+    ("afterimage-nbd", &["afterimage-blockdev"]),
+    ("afterimage-vhost", &["afterimage-blockdev"]),
     ("afterimage-cache", &["afterimage-blockdev"]),
     ("afterimage-protocol", &["afterimage-blockdev"]),
     (
@@ -43,8 +45,10 @@ const ARROWS: [(&str, &[&str]); 9] = [
             "afterimage-bulk",
             "afterimage-cache",
             "afterimage-export",
+            "afterimage-nbd",
             "afterimage-protocol",
             "afterimage-seed",
+            "afterimage-vhost",
         ],
     ),
     (

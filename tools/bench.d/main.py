@@ -19,6 +19,7 @@ sys.dont_write_bytecode = True
 import capture
 import churn
 import collect
+import devices_transport
 import failovers
 import holes
 import ingest
@@ -36,7 +37,7 @@ from rig import Settings
 
 UNITS = [*ingest.UNITS, capture.UNIT, read.UNIT, point.UNIT, mount.UNIT, stored.UNIT, points.UNIT,
          peers.UNIT, collect.UNIT, holes.UNIT, failovers.UNIT, *space.UNITS, locality.UNIT,
-         churn.UNIT]
+         churn.UNIT, devices_transport.UNIT]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

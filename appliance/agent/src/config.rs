@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use afterimage_export::IoUring;
 use serde::{Deserialize, Serialize};
 
 use crate::error::AgentError;
@@ -45,6 +46,8 @@ pub struct TapConfig {
     pub fuse_threads: usize,
     /// Requests in flight in the kernel, over all disks.
     pub fuse_background_max: u16,
+    /// Whether requests may come over `io_uring`.
+    pub io_uring: IoUring,
     /// Requests given to a source at once.
     pub source_depth: u32,
     /// How long a detach waits for the last user to go.
@@ -152,6 +155,7 @@ impl Default for TapConfig {
         Self {
             fuse_threads: 2,
             fuse_background_max: 512,
+            io_uring: IoUring::Auto,
             source_depth: 256,
             detach_wait_ms: 5_000,
             size_check_ms: 10_000,

@@ -1,5 +1,6 @@
 //! What all services of the daemon share.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use afterimage_blockdev::{Clock, Entropy, ErrorClass, Timestamp};
@@ -14,6 +15,7 @@ use crate::ingest::{LiveStreams, Reports};
 use crate::mounts::Mounts;
 use crate::scrub::Scrub;
 use crate::seeds::Seeds;
+use crate::vhost::VhostSockets;
 
 /// Name and version of this program.
 pub const PROGRAM: &str = concat!("afterimaged ", env!("CARGO_PKG_VERSION"));
@@ -22,6 +24,8 @@ pub const PROGRAM: &str = concat!("afterimaged ", env!("CARGO_PKG_VERSION"));
 pub struct Appliance {
     /// The configuration.
     pub config: Config,
+    /// The data directory.
+    pub data_dir: PathBuf,
     /// The engine.
     pub engine: EngineHandle,
     /// The catalogue.
@@ -44,10 +48,14 @@ pub struct Appliance {
     pub scrub: Scrub,
     /// Seeds of first copies.
     pub seeds: Arc<Seeds>,
+    /// Disks of virtual machines.
+    pub vhost: VhostSockets,
     /// Port of the data service, as it is bound.
     pub data_port: u16,
     /// Port of the control service, as it is bound.
     pub control_port: u16,
+    /// TCP port of disks, as it is bound, if there is one.
+    pub nbd_port: Option<u16>,
 }
 
 impl Appliance {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use afterimage_blockdev::Backend;
+use afterimage_export::IoUring;
 use afterimage_protocol::MESSAGE_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +69,8 @@ pub struct Config {
     pub control: Control,
     /// Mounts and the tree of files.
     pub mounts: Mounts,
+    /// Disks over the network block device protocol.
+    pub nbd: Nbd,
 }
 
 /// Certificates and tokens.
@@ -178,6 +181,8 @@ pub struct Control {
     pub events_max: u64,
     /// Age of the newest state above which a machine is not green.
     pub rpo_warning_ms: u64,
+    /// The appliance is not green when history must be thinned within so long.
+    pub space_warning_s: u64,
 }
 
 /// Mounts and the tree of files.
@@ -190,8 +195,36 @@ pub struct Mounts {
     pub max_background: u16,
     /// Threads that read requests of the kernel.
     pub event_threads: usize,
+    /// Whether requests of the kernel may come over `io_uring`.
+    pub io_uring: IoUring,
     /// How long an unmount waits for users of the mount.
     pub busy_wait_ms: u64,
+}
+
+/// Disks over the network block device protocol.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Nbd {
+    /// Serves the Unix socket, for root of this machine.
+    pub is_local: bool,
+    /// Unix socket; `<data-dir>/nbd.sock` when not set.
+    pub socket: Option<PathBuf>,
+    /// Address of the TCP port, with TLS and for admins only; none when not set.
+    pub listen: Option<SocketAddr>,
+    /// Threads that serve all sessions.
+    pub threads: usize,
+    /// Most connections, for port and socket each.
+    pub connections_max: usize,
+    /// Bytes of requests and replies that a connection may have in memory.
+    pub in_flight_bytes: u64,
+    /// Requests that a connection may have in flight.
+    pub in_flight_requests: usize,
+    /// Time for the handshake, TLS included.
+    pub handshake_timeout_ms: u64,
+    /// Time for the rest of a request once it has begun.
+    pub message_timeout_ms: u64,
+    /// Newest points of a machine that a list of exports or of contexts names.
+    pub points_listed_max: usize,
 }
 
 impl Default for Config {
@@ -207,6 +240,7 @@ impl Default for Config {
             ingest: Ingest::default(),
             control: Control::default(),
             mounts: Mounts::default(),
+            nbd: Nbd::default(),
         }
     }
 }
@@ -268,6 +302,7 @@ impl Default for Control {
             body_bytes_max: 64 << 10,
             events_max: 100_000,
             rpo_warning_ms: 60_000,
+            space_warning_s: 7 * DAY_S,
         }
     }
 }
@@ -278,8 +313,34 @@ impl Default for Mounts {
             mounts_max: 64,
             max_background: 512,
             event_threads: 2,
+            io_uring: IoUring::Auto,
             busy_wait_ms: 5_000,
         }
+    }
+}
+
+impl Default for Nbd {
+    fn default() -> Self {
+        Self {
+            is_local: true,
+            socket: None,
+            listen: None,
+            threads: 2,
+            connections_max: 64,
+            in_flight_bytes: 32 << 20,
+            in_flight_requests: 256,
+            handshake_timeout_ms: 10_000,
+            message_timeout_ms: 30_000,
+            points_listed_max: 1000,
+        }
+    }
+}
+
+impl Control {
+    /// How long before history must be thinned that is said.
+    #[must_use]
+    pub fn space_warning(&self) -> Duration {
+        Duration::from_secs(self.space_warning_s)
     }
 }
 
@@ -423,6 +484,16 @@ impl Config {
             ),
             ("store.retry_ms", self.store.retry_ms == 0),
             ("store.idle_commit_ms", self.store.idle_commit_ms == 0),
+            ("nbd.threads", self.nbd.threads == 0),
+            ("nbd.connections_max", self.nbd.connections_max == 0),
+            ("nbd.in_flight_bytes", self.nbd.in_flight_bytes == 0),
+            ("nbd.in_flight_requests", self.nbd.in_flight_requests == 0),
+            (
+                "nbd.handshake_timeout_ms",
+                self.nbd.handshake_timeout_ms == 0,
+            ),
+            ("nbd.message_timeout_ms", self.nbd.message_timeout_ms == 0),
+            ("nbd.points_listed_max", self.nbd.points_listed_max == 0),
             ("mounts.mounts_max", self.mounts.mounts_max == 0),
             ("mounts.max_background", self.mounts.max_background == 0),
             ("mounts.event_threads", self.mounts.event_threads == 0),
@@ -480,6 +551,13 @@ impl Config {
         self.socket
             .clone()
             .unwrap_or_else(|| data_dir.join("control.sock"))
+    }
+
+    /// The Unix socket of disks.
+    #[must_use]
+    pub fn nbd_socket_path(&self, data_dir: &Path) -> PathBuf {
+        let chosen = self.nbd.socket.clone();
+        chosen.unwrap_or_else(|| data_dir.join("nbd.sock"))
     }
 
     /// The directory of mounts.

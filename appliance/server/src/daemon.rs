@@ -29,9 +29,11 @@ use crate::events::EventLog;
 use crate::failure::StartError;
 use crate::ingest::{self, Ingest, LiveStreams, Reports};
 use crate::mounts::{MountPlaces, Mounts};
+use crate::nbd::{self, NbdListeners};
 use crate::scrub::Scrub;
 use crate::seeds::Seeds;
 use crate::tls::{ClientAuth, server_config};
+use crate::vhost::VhostSockets;
 
 /// How long connections have to end when the daemon stops.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -143,6 +145,7 @@ struct Listeners {
     control: TcpListener,
     local: UnixListener,
     socket: PathBuf,
+    nbd: NbdListeners,
 }
 
 impl Parts {
@@ -189,6 +192,7 @@ impl Parts {
         let ending = Arc::clone(&appliance);
         let ended = tokio::task::spawn_blocking(move || {
             ending.scrub.stop();
+            ending.vhost.stop();
             ending.mounts.stop();
         });
         if ended.await.is_err() {
@@ -219,11 +223,14 @@ impl Parts {
         }
         let local = UnixListener::bind(&socket).map_err(wrong)?;
         std::fs::set_permissions(&socket, Permissions::from_mode(0o600)).map_err(wrong)?;
+        let nbd_socket = self.config.nbd_socket_path(&self.data_dir);
+        let nbd = nbd::listen(&self.config.nbd, &nbd_socket)?;
         Ok(Listeners {
             data,
             control,
             local,
             socket,
+            nbd,
         })
     }
 
@@ -249,6 +256,7 @@ impl Parts {
             Arc::clone(&entropy),
         )?);
         let data_tls = server_config(&authority, Arc::clone(&identity), ClientAuth::Required)?;
+        let nbd_tls = server_config(&authority, Arc::clone(&identity), ClientAuth::Required)?;
         let control_tls = server_config(&authority, identity, ClientAuth::Optional)?;
         let port = |listener: &TcpListener| {
             listener
@@ -257,7 +265,7 @@ impl Parts {
                 .map_err(StartError::Runtime)
         };
         let (data_port, control_port) = (port(&listeners.data)?, port(&listeners.control)?);
-        let mounts = start_mounts(&data_dir, &config, &engine, &clock).await?;
+        let mounts = start_mounts(&data_dir, &config, &engine, &catalogue, &clock).await?;
         let seeds = Seeds::open(&data_dir)?;
         let events = EventLog::start(catalogue.clone(), Arc::clone(&clock));
         events.note("started", format!("{PROGRAM} has started"));
@@ -273,6 +281,7 @@ impl Parts {
         let scrub = scrub.map_err(StartError::Runtime)?;
         let appliance = Arc::new(Appliance {
             config,
+            data_dir,
             engine,
             catalogue,
             authority,
@@ -284,8 +293,10 @@ impl Parts {
             mounts: Arc::new(mounts),
             scrub,
             seeds: Arc::new(seeds),
+            vhost: VhostSockets::default(),
             data_port,
             control_port,
+            nbd_port: listeners.nbd.port,
         });
         let router = control::router(Arc::clone(&appliance));
         let mut services = JoinSet::new();
@@ -303,6 +314,14 @@ impl Parts {
             stopping.clone(),
         );
         services.spawn(local);
+        let watching = control::watch_space(Arc::clone(&appliance), stopping.clone());
+        services.spawn(watching);
+        services.spawn(nbd::serve(
+            Arc::clone(&appliance),
+            listeners.nbd,
+            nbd_tls,
+            stopping.clone(),
+        ));
         let remote = control::serve_tls(
             Arc::clone(&appliance),
             router,
@@ -319,6 +338,7 @@ async fn start_mounts(
     data_dir: &Path,
     config: &Config,
     engine: &EngineHandle,
+    catalogue: &Catalogue,
     clock: &Arc<dyn Clock>,
 ) -> Result<Mounts, StartError> {
     let places = MountPlaces {
@@ -326,9 +346,10 @@ async fn start_mounts(
         overlays: data_dir.join("overlays"),
     };
     let (engine, clock) = (engine.clone(), Arc::clone(clock));
+    let catalogue = catalogue.clone();
     let (settings, backend) = (config.mounts.clone(), config.store.backend.into());
     let started = tokio::task::spawn_blocking(move || {
-        Mounts::start(engine, clock, places, settings, backend)
+        Mounts::start(engine, catalogue, clock, places, settings, backend)
     });
     match started.await {
         Ok(mounts) => Ok(mounts?),
@@ -340,7 +361,9 @@ async fn start_mounts(
 fn server_names(config: &Config) -> Vec<String> {
     let mut names = config.names.clone();
     names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
-    for address in [config.data_listen.ip(), config.control_listen.ip()] {
+    let mut addresses = vec![config.data_listen.ip(), config.control_listen.ip()];
+    addresses.extend(config.nbd.listen.map(|address| address.ip()));
+    for address in addresses {
         if !address.is_unspecified() {
             names.push(address.to_string());
         }

@@ -10,6 +10,7 @@
 //! backing file on a thread that serves nothing), and never open a file of the tree from within a
 //! [`Tree`] call.
 
+pub mod btrfs;
 pub mod error;
 pub mod fuse;
 mod ioctl;
@@ -22,9 +23,11 @@ pub mod stale;
 mod sys;
 
 pub use error::ExportError;
-pub use fuse::{FuseMount, FuseOptions, ListedNode, Node, NodeId, NodeKind, Tree, TreeError};
+pub use fuse::{
+    FuseMount, FuseOptions, IoUring, ListedNode, Node, NodeId, NodeKind, Transport, Tree, TreeError,
+};
 pub use loop_device::{LoopDevice, LoopOptions};
-pub use mount::{is_mount_point, mount_filesystem, unmount};
+pub use mount::{MountFlags, MountedAs, is_mount_point, mount_filesystem, unmount};
 pub use probe::{Found, FsKind};
 pub use stale::{StaleDevice, detach_stale, detach_stale_under, release_stale_under};
-pub use sys::set_io_flusher;
+pub use sys::{forget_cached, set_io_flusher};

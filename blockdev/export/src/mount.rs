@@ -9,10 +9,49 @@ use std::time::{Duration, Instant};
 use crate::error::ExportError;
 use crate::fuse::LOOK_AGAIN;
 use crate::probe::FsKind;
-use crate::{mount_table, sys};
+use crate::{btrfs, mount_table, sys};
 
-/// What a copy of somebody's disk must not be able to do to this machine.
-const SAFE_FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+/// How a file system is mounted. By default a copy of somebody's disk can do nothing to this
+/// machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MountFlags {
+    /// Nobody can write to the file system.
+    pub is_read_only: bool,
+    /// The device itself cannot be written, so that no journal can be replayed.
+    pub is_device_read_only: bool,
+    /// Lets programs take the rights of their owners.
+    pub allow_suid: bool,
+    /// Lets device nodes be opened.
+    pub allow_dev: bool,
+    /// Lets programs run.
+    pub allow_exec: bool,
+}
+
+impl MountFlags {
+    fn bits(self) -> libc::c_ulong {
+        let flags = [
+            (!self.allow_suid, libc::MS_NOSUID),
+            (!self.allow_dev, libc::MS_NODEV),
+            (!self.allow_exec, libc::MS_NOEXEC),
+            (
+                self.is_read_only || self.is_device_read_only,
+                libc::MS_RDONLY,
+            ),
+        ];
+        let set = flags.into_iter().filter(|(is_set, _)| *is_set);
+        set.fold(0, |bits, (_, flag)| bits | flag)
+    }
+}
+
+/// What was done to mount a file system.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MountedAs {
+    /// Nothing out of the ordinary.
+    Itself,
+    /// The kernel has mounted the original too, and took the device only under a new identity: its
+    /// superblocks were changed.
+    NewIdentity,
+}
 
 /// Says whether something is mounted at a directory.
 ///
@@ -47,11 +86,12 @@ pub(crate) fn check_directory(directory: &Path) -> Result<(), ExportError> {
     }
 }
 
-/// Mounts the file system on a device, without set-user-id, devices and programs.
+/// Mounts the file system on a device.
 ///
-/// XFS is told to ignore that the original with the same UUID may be mounted; a read-only XFS
-/// does not replay its log, so that it shows what had reached its place. For a clean view give a
-/// writable overlay and mount it writable.
+/// The original with the same UUID may be mounted beside it. XFS is told to ignore that; btrfs gets
+/// a temporary identity from the kernel, or else a new one, in its superblocks. On a read-only
+/// device XFS does not replay its log, so that it shows what had reached its place; for a clean
+/// view give a writable overlay.
 ///
 /// # Errors
 /// `NotAFilesystem` for what cannot be mounted directly (the hint says what to do);
@@ -61,9 +101,9 @@ pub fn mount_filesystem(
     device: &Path,
     directory: &Path,
     kind: FsKind,
-    is_read_only: bool,
-) -> Result<(), ExportError> {
-    let Some((drivers, options)) = driver(kind, is_read_only) else {
+    flags: MountFlags,
+) -> Result<MountedAs, ExportError> {
+    let Some((drivers, options)) = driver(kind, flags.is_device_read_only) else {
         return Err(ExportError::NotAFilesystem {
             device: device.to_owned(),
             kind,
@@ -78,20 +118,27 @@ pub fn mount_filesystem(
     let system = |source| ExportError::system("mount", device, source);
     let source = sys::c_path(device).map_err(system)?;
     let target = sys::c_path(directory).map_err(system)?;
-    let flags = if is_read_only {
-        SAFE_FLAGS | libc::MS_RDONLY
-    } else {
-        SAFE_FLAGS
-    };
-    let mut result = Err(io::Error::from_raw_os_error(libc::ENODEV));
-    for driver in drivers {
-        result = sys::mount(&source, &target, driver, flags, options);
-        // This kernel lacks the driver; the next one may know the format too.
-        if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::ENODEV)) {
-            break;
+    let mount = || {
+        let mut result = Err(io::Error::from_raw_os_error(libc::ENODEV));
+        for driver in drivers {
+            result = sys::mount(&source, &target, driver, flags.bits(), options);
+            // This kernel lacks the driver; the next one may know the format too.
+            if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::ENODEV)) {
+                break;
+            }
         }
+        result
+    };
+    let refusal = match mount() {
+        Ok(()) => return Ok(MountedAs::Itself),
+        Err(error) => explain(device, directory, kind, error),
+    };
+    if !matches!(refusal, ExportError::SameFilesystemMounted { .. }) || flags.is_device_read_only {
+        return Err(refusal);
     }
-    result.map_err(|source| explain(device, directory, kind, source))
+    btrfs::renew_identity(device)?;
+    mount().map_err(|source| explain(device, directory, kind, source))?;
+    Ok(MountedAs::NewIdentity)
 }
 
 /// The drivers to try, best first, and their options.
@@ -100,6 +147,7 @@ fn driver(kind: FsKind, is_read_only: bool) -> Option<(&'static [&'static CStr],
         FsKind::Ext2 => Some((&[c"ext2", c"ext4"], c"")),
         FsKind::Ext3 => Some((&[c"ext3", c"ext4"], c"")),
         FsKind::Ext4 => Some((&[c"ext4"], c"")),
+        FsKind::Vfat => Some((&[c"vfat"], c"")),
         FsKind::Xfs if is_read_only => Some((&[c"xfs"], c"nouuid,norecovery")),
         FsKind::Xfs => Some((&[c"xfs"], c"nouuid")),
         FsKind::Btrfs => Some((&[c"btrfs"], c"")),
@@ -183,11 +231,27 @@ mod tests {
             FsKind::Gpt,
         ] {
             assert!(driver(kind, false).is_none());
-            let error = mount_filesystem(Path::new("/dev/null"), Path::new("/"), kind, false)
+            let flags = MountFlags::default();
+            let error = mount_filesystem(Path::new("/dev/null"), Path::new("/"), kind, flags)
                 .expect_err("must be refused");
             assert!(matches!(error, ExportError::NotAFilesystem { .. }));
             assert!(!error.hint().is_empty());
         }
+    }
+
+    #[test]
+    fn nothing_is_allowed_that_was_not_asked_for() {
+        let safe = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        assert_eq!(MountFlags::default().bits(), safe);
+        let some = MountFlags {
+            is_read_only: true,
+            allow_exec: true,
+            ..MountFlags::default()
+        };
+        assert_eq!(
+            some.bits(),
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_RDONLY
+        );
     }
 
     #[test]

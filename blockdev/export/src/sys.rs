@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -35,6 +35,24 @@ pub fn set_io_flusher() -> io::Result<()> {
     #[allow(unsafe_code)]
     let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, on, unused, unused, unused) };
     check(result).map(|_| ())
+}
+
+/// Makes later reads of a range of a file come from its medium, as far as the kernel can.
+///
+/// # Errors
+/// What the system says.
+pub fn forget_cached(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let offset = libc::off_t::try_from(offset).map_err(too_large)?;
+    let length = libc::off_t::try_from(length).map_err(too_large)?;
+    // SAFETY: this call takes plain numbers and touches no memory of ours.
+    #[allow(unsafe_code)]
+    let result =
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, length, libc::POSIX_FADV_DONTNEED) };
+    match result {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// Says whether the process runs as root.
@@ -97,6 +115,16 @@ pub(crate) fn is_dead_mount(path: &Path) -> bool {
     #[allow(unsafe_code)]
     let result = unsafe { libc::statfs(path.as_ptr(), answer.as_mut_ptr()) };
     matches!(check(result), Err(error) if error.raw_os_error() == Some(libc::ENOTCONN))
+}
+
+/// Makes an object that threads wake each other by (eventfd).
+pub(crate) fn event() -> io::Result<File> {
+    // SAFETY: the call takes plain numbers.
+    #[allow(unsafe_code)]
+    let descriptor = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: the descriptor is new and belongs to nobody else.
+    #[allow(unsafe_code)]
+    Ok(unsafe { File::from_raw_fd(descriptor) })
 }
 
 /// The number that mount options name a file by.

@@ -15,6 +15,7 @@ use super::state::{DiskMap, Hole};
 use super::{Engine, Event, Output};
 use crate::entry::{Entry, EntryKind, RangeEntry};
 use crate::manifest::BatchRecord;
+use crate::retention::Stored;
 
 /// A mark that became durable.
 pub(super) struct FoundMark {
@@ -196,6 +197,8 @@ impl Engine {
             last,
             is_live: true,
         };
+        let end = location.offset + frame.bytes.len() as u64;
+        self.space.log_written(location.segment, end);
         let marks = self.apply(&source, placed(location.first_slot, &frame.view()));
         if let Some((from, bytes)) = self.appended.remove(&token) {
             if let Some(open) = self.streams.get_mut(&from) {
@@ -254,7 +257,10 @@ impl Engine {
                         entry.batch_begins(batch);
                     }
                 }
-                RecordKind::BatchEnd => entry.batch_ends(header.batch, header.lsn),
+                RecordKind::BatchEnd => {
+                    entry.batch_ends(header.batch, header.lsn);
+                    self.notes.changed(self.now);
+                }
                 RecordKind::EpochStart => entry.epoch_starts(before, header.lsn),
                 RecordKind::Grow => {
                     entry.note_link(&header);
@@ -273,6 +279,11 @@ impl Engine {
                     let map = entry.disks.entry(header.disk).or_default();
                     map.note(header.lsn);
                     added += write(map, &header, location.segment, slot);
+                    if source.is_live {
+                        let cells = cells(header.offset, header.length).map(|(cell, _)| cell.0);
+                        let stored = stored(&record);
+                        self.space.written(self.now, header.disk, stored, cells);
+                    }
                 }
                 RecordKind::WriteZeroes | RecordKind::Discard | RecordKind::Unknown => {
                     entry.note_link(&header);
@@ -287,6 +298,18 @@ impl Engine {
         self.grow(history, grown);
         marks
     }
+}
+
+/// What a record that carries slots takes.
+fn stored(record: &RecordView<'_>) -> Stored {
+    let body = if let RecordBody::Slots(bytes) = record.body {
+        bytes.len()
+    } else {
+        0
+    };
+    let bytes = (afterimage_cache::record::RECORD_HEADER_BYTES + body) as u64;
+    let blocks = record.header.length / afterimage_blockdev::BLOCK_BYTES as u64;
+    Stored { bytes, blocks }
 }
 
 /// Adds the entries of a write; gives back how many.

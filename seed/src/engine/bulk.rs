@@ -409,6 +409,9 @@ impl Engine {
             root: segment.root,
         };
         self.seed_segments.insert(id, counted);
+        let slots = segment.slots.iter();
+        let slots = slots.map(|context| (context.disk, context.mask));
+        self.space.copied(segment.file_bytes, slots);
         for (slot, context) in (0u32..).zip(&segment.slots) {
             let Some(entry) = self.histories.get_mut(&context.history) else {
                 continue;

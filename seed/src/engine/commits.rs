@@ -17,6 +17,7 @@ impl Engine {
         let number = self.next_commit;
         self.next_commit += 1;
         self.after_commit.insert(number, after);
+        self.notes.committing(number, &edits);
         let mut wants = Vec::new();
         self.manifest.commit(number, edits, &mut wants);
         self.manifest_outputs(wants, out);
@@ -38,6 +39,7 @@ impl Engine {
                 ManifestOutput::Ready { is_new } => self.manifest_ready(is_new, out),
                 ManifestOutput::Durable(numbers) => {
                     for number in numbers {
+                        self.notes.committed(number, self.now);
                         if let Some(after) = self.after_commit.remove(&number) {
                             self.committed(after, out);
                         }

@@ -80,7 +80,13 @@ impl Sieve {
     }
 
     /// Says whether an entry is needed.
+    #[cfg(test)]
     pub(super) fn keeps(&mut self, entry: &Entry) -> bool {
+        self.life_of(entry).is_some()
+    }
+
+    /// How long an entry lives; `None` when it is not needed.
+    pub(super) fn life_of(&mut self, entry: &Entry) -> Option<Life> {
         if self.cell != Some(entry.cell) {
             self.cell = Some(entry.cell);
             self.newer = [None; CELL_BLOCKS];
@@ -88,6 +94,8 @@ impl Sieve {
         }
         let over = self.sweep.next(entry.lsn);
         let mut is_needed = false;
+        let mut is_current = false;
+        let mut last = entry.lsn;
         for (within, newer) in (0u8..).zip(&mut self.newer) {
             if entry.block_in_slot(within).is_none() {
                 continue;
@@ -97,10 +105,23 @@ impl Sieve {
                 (one, other) => one.or(other),
             };
             is_needed |= self.roots.need(entry.lsn, died);
+            is_current |= died.is_none();
+            last = last.max(died.unwrap_or_default());
             *newer = Some(entry.lsn);
         }
-        is_needed
+        is_needed.then_some(Life {
+            born: entry.lsn,
+            died: (!is_current).then_some(last),
+        })
     }
+}
+
+/// From when to when blocks of an entry are what is shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Life {
+    pub(super) born: Lsn,
+    /// When the last of them was written over; `None` while one is current.
+    pub(super) died: Option<Lsn>,
 }
 
 /// The ranges that are needed, by LSN.

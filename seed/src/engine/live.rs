@@ -1,8 +1,15 @@
-//! Which slots of which segments are needed.
+//! What a pass over all runs finds: which slots of which segments are needed, and what of the map
+//! has no slot.
 
 use std::collections::BTreeMap;
 
-use afterimage_blockdev::SegmentId;
+use afterimage_blockdev::{HistoryId, SegmentId};
+
+use super::account::Draft;
+use super::join::Life;
+use super::rest::Rest;
+use crate::entry::{Entry, RangeEntry};
+use crate::run::{SectionName, TimeSample};
 
 /// A bit for each slot of a segment.
 #[derive(Clone, Debug, Default)]
@@ -39,20 +46,62 @@ impl LiveSlots {
 #[derive(Debug, Default)]
 pub(super) struct LiveMap {
     segments: BTreeMap<SegmentId, LiveSlots>,
+    rest: Rest,
+    account: Draft,
+    /// What the entries in hand are of.
+    of: Option<SectionName>,
 }
 
 impl LiveMap {
-    pub(super) fn new(segments: impl IntoIterator<Item = SegmentId>) -> Self {
+    /// The runs hold all commits of the log up to `through`.
+    pub(super) fn new(
+        through: u64,
+        segments: impl IntoIterator<Item = SegmentId>,
+        account: Draft,
+    ) -> Self {
         let empty = |segment| (segment, LiveSlots::default());
         Self {
             segments: segments.into_iter().map(empty).collect(),
+            rest: Rest::new(through),
+            account,
+            of: None,
         }
     }
 
-    pub(super) fn mark(&mut self, segment: SegmentId, slot: u32) {
-        if let Some(slots) = self.segments.get_mut(&segment) {
-            slots.mark(slot);
+    /// Goes on to the entries of a disk, with its ranges that are needed.
+    pub(super) fn begin(&mut self, name: SectionName, ranges: &[RangeEntry]) {
+        self.of = Some(name);
+        self.rest.begin(name, ranges);
+    }
+
+    /// Notes an entry that is needed.
+    pub(super) fn note(&mut self, entry: &Entry, life: Life) {
+        if let Some(of) = self.of {
+            self.account.add(of.history, of.disk, entry, life);
         }
+        if !entry.kind.has_slot() {
+            self.rest.push(*entry);
+        } else if let Some(slots) = self.segments.get_mut(&entry.segment) {
+            slots.mark(entry.slot.0);
+        }
+    }
+
+    /// Notes the times of a history.
+    pub(super) fn times(&mut self, history: HistoryId, samples: &[TimeSample]) {
+        self.rest.times(history, samples);
+    }
+
+    pub(super) fn take_rest(&mut self) -> Rest {
+        core::mem::take(&mut self.rest)
+    }
+
+    pub(super) fn take_account(&mut self) -> Draft {
+        core::mem::take(&mut self.account)
+    }
+
+    /// The number of needed slots of a segment; `None` when the sweep was not asked about it.
+    pub(super) fn count_of(&self, segment: SegmentId) -> Option<u32> {
+        self.segments.get(&segment).map(LiveSlots::count)
     }
 
     pub(super) fn into_segments(self) -> BTreeMap<SegmentId, LiveSlots> {

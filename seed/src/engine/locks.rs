@@ -149,6 +149,7 @@ impl Engine {
             }
         }
         reasons.refuse("locked")?;
+        self.can_carry_locks(machine, points.keys().copied(), until)?;
         let mut edits: Vec<Edit> = Vec::new();
         for point in points.into_keys() {
             let known = self.retention.locks.entry(point).or_default();

@@ -562,9 +562,9 @@ impl Merge {
             match joining.next() {
                 Some(entry) => {
                     self.joined += 1;
-                    if joining.sieve.keeps(&entry) {
-                        if let Some(live) = self.live.as_mut().filter(|_| entry.kind.has_slot()) {
-                            live.mark(entry.segment, entry.slot.0);
+                    if let Some(life) = joining.sieve.life_of(&entry) {
+                        if let Some(live) = &mut self.live {
+                            live.note(&entry, life);
                         }
                         self.writer.push(entry);
                     } else {
@@ -602,10 +602,15 @@ impl Merge {
         let ranges: Vec<_> = ranges.copied().collect();
         let cursors = sections.iter().enumerate();
         let cursors = cursors.filter_map(|(place, part)| Cursor::new(place, part, &self.inputs));
+        let sieve = Sieve::new(roots.clone(), &ranges);
+        let ranges = keep_ranges(ranges, roots);
+        if let Some(live) = &mut self.live {
+            live.begin(name, &ranges);
+        }
         self.joining = Some(Joining {
             cursors: cursors.collect(),
-            sieve: Sieve::new(roots.clone(), &ranges),
-            ranges: keep_ranges(ranges, roots),
+            sieve,
+            ranges,
             sections,
         });
     }
@@ -619,6 +624,9 @@ impl Merge {
             };
             let low = samples.first().map_or(Lsn::ZERO, |sample| sample.lsn);
             let high = samples.last().map_or(Lsn::ZERO, |sample| sample.lsn);
+            if let Some(live) = &mut self.live {
+                live.times(history, &samples);
+            }
             self.writer.begin(name, low, high);
             self.writer.end(Vec::new(), samples);
         }

@@ -17,24 +17,33 @@
 //! parts were taken at its begin; snapshots, which see the sealed parts until the run replaces
 //! them; points, which share the one manifest chain. Never a second flush.
 
+mod account;
 mod apply;
+mod branches;
 mod bulk;
 mod commits;
 mod flush;
+mod forecast;
 mod ingest;
 mod join;
+mod listing;
 mod live;
 mod locks;
 mod merge;
+mod notes;
+mod options;
 mod pace;
 mod points;
 mod pressure;
+mod quota;
 mod reaches;
 mod records;
 mod reserve;
+mod rest;
 mod retention;
 mod rewrite;
 mod roots;
+mod space;
 mod start;
 mod state;
 mod status;
@@ -46,7 +55,6 @@ mod words;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use afterimage_blockdev::{
     Clock, DiskId, Entropy, FileName, HistoryId, KeyId, Lsn, MachineId, Monotonic, SegmentId,
@@ -58,7 +66,7 @@ use parking_lot::RwLock;
 
 use crate::error::SeedError;
 use crate::manifest::{Edit, Manifest, PointRecord};
-use crate::reader::{Reader, ReaderOptions};
+use crate::reader::Reader;
 use crate::run::RunId;
 use crate::section::Snapshot;
 use state::{DiskState, HistoryEntry, MachineState};
@@ -66,78 +74,15 @@ use state::{DiskState, HistoryEntry, MachineState};
 /// Damage texts that are kept.
 const DAMAGE_MAX: usize = 1000;
 
+pub use account::{Account, DiskAccount, PointAccount, Use};
+pub use options::EngineOptions;
 pub use retention::{ClockInfo, PolicyInfo};
+pub use space::{DiskSpace, Files, Forecast, Limit, MachineSpace, PointSpace, SpaceInfo};
 pub use status::{DiskInfo, EngineInfo, HistoryInfo, MachineInfo, Reach};
 pub use words::{
-    Collected, DeclaredDisk, Event, ForkedBranch, Input, OpenedStream, Output, Request, RequestId,
-    Response, StoreFile, StreamEnd, StreamNumber, TakenSnapshot,
+    Collected, DeclaredDisk, Event, ForkedBranch, Input, OpenedStream, Output, PointState, Request,
+    RequestId, Response, StoreFile, StreamEnd, StreamNumber, TakenSnapshot,
 };
-
-/// Bounds and timers of an engine.
-#[derive(Clone, Debug)]
-pub struct EngineOptions {
-    /// Wraps the keys of all disks.
-    pub store_key: [u8; 32],
-    /// Bytes that the log may take.
-    pub budget_bytes: u64,
-    /// Bytes of the medium that are left free.
-    pub reserve_bytes: u64,
-    /// Bytes of a log segment.
-    pub segment_bytes: u64,
-    /// Bytes after which a seed segment is sealed.
-    pub bulk_segment_bytes: u64,
-    /// Age at which a seed segment is sealed whatever its size.
-    pub bulk_age: Duration,
-    /// Open map entries, over all disks, at which a run is written.
-    pub flush_entries: usize,
-    /// Bytes of a manifest file at which the next one is begun.
-    pub manifest_bytes: u64,
-    /// How long after the last data the log writes an idle commit.
-    pub idle_commit: Duration,
-    /// Wait before a full medium is tried again.
-    pub retry: Duration,
-    /// Time between crash marks.
-    pub crash_mark_interval: Duration,
-    /// Time between two collections of what nobody needs.
-    pub collect_interval: Duration,
-    /// Bytes of the log beyond which its oldest segments are destaged, whatever the window.
-    pub cache_bytes: u64,
-    /// Bytes of a file that only keeps room for the manifest; 0 for none.
-    pub reserve_file_bytes: u64,
-    /// Shortest journal window that a lack of room leaves.
-    pub window_min: Duration,
-    /// How often points are thinned and journal windows move.
-    pub retention_interval: Duration,
-    /// Grain of the mapping from time to LSN.
-    pub time_grain: Duration,
-    /// Bounds of reading.
-    pub reader: ReaderOptions,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self {
-            store_key: [0; 32],
-            budget_bytes: u64::MAX,
-            reserve_bytes: 256 << 20,
-            segment_bytes: 64 << 20,
-            bulk_segment_bytes: 64 << 20,
-            bulk_age: Duration::from_millis(50),
-            flush_entries: 1 << 20,
-            manifest_bytes: 16 << 20,
-            idle_commit: Duration::from_millis(100),
-            retry: Duration::from_secs(1),
-            crash_mark_interval: Duration::from_secs(300),
-            collect_interval: Duration::from_secs(600),
-            cache_bytes: u64::MAX,
-            reserve_file_bytes: 32 << 20,
-            window_min: Duration::from_secs(60),
-            retention_interval: Duration::from_secs(60),
-            time_grain: Duration::from_millis(100),
-            reader: ReaderOptions::default(),
-        }
-    }
-}
 
 /// Whom a storage completion is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -148,7 +93,9 @@ enum Owner {
     Flush,
     Merge(merge::MergeOp),
     Rewrite,
+    Notes,
     Reserve,
+    Space,
     Start,
     /// Nobody waits for it.
     Nobody,
@@ -226,10 +173,10 @@ pub struct Engine {
     seed_segments: BTreeMap<SegmentId, state::SeedSegment>,
     base_through: SegmentId,
     runs: BTreeMap<RunId, u64>,
-    /// The time samples in each run: history, lowest and highest LSN.
-    run_times: BTreeMap<RunId, Vec<(HistoryId, Lsn, Lsn)>>,
     /// Runs came since a merge was last looked for.
     has_new_runs: bool,
+    /// The time samples in each run: history, lowest and highest LSN.
+    run_times: BTreeMap<RunId, Vec<(HistoryId, Lsn, Lsn)>>,
     retired: Vec<merge::RetiredRun>,
     /// Files that no manifest names any more.
     removals: Vec<FileName>,
@@ -244,16 +191,17 @@ pub struct Engine {
     sweep_retry_at: Option<Monotonic>,
     /// Collections in a row that gave no room when it was needed.
     vain_sweeps: u32,
-    reserve: reserve::Reserve,
-    reserve_retry_at: Option<Monotonic>,
     /// Needed collections in a row before which nobody could give way.
     idle_sweeps: u32,
-    /// How often each machine's window was halved for lack of room.
-    halvings: BTreeMap<MachineId, u32>,
+    reserve: reserve::Reserve,
+    reserve_retry_at: Option<Monotonic>,
     pace: pace::Pace,
     /// What the store takes besides the log, in bytes.
     kept_bytes: u64,
+    /// How often each machine's window was halved for lack of room.
+    halvings: BTreeMap<MachineId, u32>,
     rewrite: Option<rewrite::Rewrite>,
+    notes: notes::Notes,
     /// Snapshots that somebody may have.
     snapshots: Vec<Weak<Snapshot>>,
     /// Named by the manifest, but unusable.
@@ -271,6 +219,7 @@ pub struct Engine {
     start: start::Start,
     next_crash_mark: Monotonic,
     retention: retention::Retention,
+    space: space::Space,
     is_paused: Option<bool>,
     free_bytes: u64,
     manifest_retry_at: Option<Monotonic>,
@@ -335,9 +284,9 @@ impl Engine {
             seed_segments: BTreeMap::new(),
             base_through: SegmentId(0),
             runs: BTreeMap::new(),
+            has_new_runs: true,
             run_times: BTreeMap::new(),
             retired: Vec::new(),
-            has_new_runs: true,
             removals: Vec::new(),
             pins: Vec::new(),
             log_told: 0,
@@ -346,13 +295,14 @@ impl Engine {
             sweep: sweep::Sweep::default(),
             sweep_retry_at: None,
             vain_sweeps: 0,
+            idle_sweeps: 0,
             reserve: reserve::Reserve::default(),
             reserve_retry_at: None,
-            idle_sweeps: 0,
-            halvings: BTreeMap::new(),
-            rewrite: None,
             kept_bytes: 0,
             pace: pace::Pace::default(),
+            halvings: BTreeMap::new(),
+            rewrite: None,
+            notes: notes::Notes::default(),
             snapshots: Vec::new(),
             dropped_runs: Vec::new(),
             checkpoint: 0,
@@ -365,6 +315,7 @@ impl Engine {
             flush_retry_at: None,
             start: start::Start::default(),
             retention: retention::Retention::default(),
+            space: space::Space::default(),
             is_paused: None,
             free_bytes: 0,
             manifest_retry_at: None,
@@ -417,10 +368,10 @@ impl Engine {
             Input::Frame(..) | Input::Bulk(..) if self.phase != Phase::Running => {}
             Input::Frame(stream, frame) if self.phase == Phase::Running => {
                 self.note_ingest();
-                self.frame(stream, frame, out);
+                self.take_frame(stream, None, frame, out);
             }
             Input::Bulk(stream, number, frame) if self.phase == Phase::Running => {
-                self.bulk_frame(stream, number, &frame, out);
+                self.take_frame(stream, Some(number), frame, out);
             }
             // What is not acknowledged is sent again.
             Input::Frame(..) | Input::Bulk(..) => {}
@@ -437,6 +388,7 @@ impl Engine {
                 self.merge_when_due(out);
                 self.commit_merge(out);
                 self.sweep_when_due(out);
+                self.notes_when_due(out);
                 self.make_reserve(out);
                 self.place_crash_marks(out);
                 self.retain_when_due(out);
@@ -481,7 +433,9 @@ impl Engine {
             Some(Owner::Flush) => self.flush_done(result, out),
             Some(Owner::Merge(op)) => self.merge_done(op, result, out),
             Some(Owner::Rewrite) => self.rewrite_done(result, out),
+            Some(Owner::Notes) => self.notes_done(result, out),
             Some(Owner::Reserve) => self.reserve_done(result, out),
+            Some(Owner::Space) => self.room_is(result),
             Some(Owner::Start) => self.start_done(result, out),
             Some(Owner::Nobody) | None => {}
         }
@@ -631,6 +585,18 @@ impl Engine {
                 reference,
                 allow_incomplete,
             } => self.fork(id, &reference, allow_incomplete, out),
+            Request::OpenBranch { history, disk } => self.open_branch(id, history, disk, out),
+            Request::PointStates {
+                machine,
+                disk,
+                after,
+                limit,
+            } => self.point_states(machine, disk, after, limit).map(Some),
+            Request::FindPoint {
+                machine,
+                disk,
+                name,
+            } => self.find_point(machine, disk, &name).map(Some),
             Request::DropBranch(history) => self.drop_branch(id, history, out),
             Request::Fence { machine, holder } => self.fence(id, machine, holder, out),
             Request::Collect => {
@@ -639,6 +605,13 @@ impl Engine {
             }
             Request::Info => Ok(Some(Response::Info(self.info()))),
             Request::Files => Ok(Some(Response::Files(self.files()))),
+            Request::Space => Ok(Some(Response::Space(Box::new(self.space_info())))),
+            Request::SetQuota { of, bytes } => self.set_quota(id, of.as_deref(), bytes, out),
+            Request::PointSpace {
+                machine,
+                after,
+                limit,
+            } => self.point_space(&machine, after, limit).map(Some),
         };
         match answer {
             Ok(Some(response)) => out.push(Output::Reply(id, Ok(response))),
@@ -667,7 +640,8 @@ impl Engine {
         if is_quiet && self.flush.is_none() {
             self.prove_manifest(out);
         }
-        if is_quiet && self.flush.is_none() && !self.manifest.is_busy() {
+        let is_told = is_quiet && self.flush.is_none() && !self.manifest.is_busy();
+        if is_told && self.notes_at_stop(out) {
             self.phase = Phase::StoppingLog;
             self.log_step(LogInput::Close, out);
         }
@@ -748,6 +722,7 @@ impl Engine {
             LogOutput::Resumed => {
                 self.is_paused = None;
                 self.vain_sweeps = 0;
+                self.idle_sweeps = 0;
                 out.push(Output::Event(Event::Resumed));
             }
             LogOutput::Released { segment } => {
@@ -762,7 +737,6 @@ impl Engine {
                 out.push(Output::Stopped);
             }
         }
-        self.idle_sweeps = 0;
     }
 }
 

@@ -26,7 +26,7 @@ const REWRITES: u64 = 4;
 /// Of a small budget at most such a part is left for that.
 const SPARE_PART: u64 = 16;
 /// A window is halved at most so often.
-const HALVINGS_MAX: u32 = 16;
+pub(super) const HALVINGS_MAX: u32 = 16;
 /// Part of a machine's points that goes in one step.
 const POINTS_PART: usize = 8;
 
@@ -46,7 +46,8 @@ impl Engine {
         }
         let seeds: u64 = self.seed_segments.values().map(|state| state.bytes).sum();
         let runs: u64 = self.runs.values().sum();
-        self.kept_bytes = seeds + runs + self.manifest.stored_bytes();
+        let notes = self.notes.stored_bytes();
+        self.kept_bytes = seeds + runs + notes + self.manifest.stored_bytes();
         // Room for segments that are rewritten before what they replace is given back.
         let budget = self.options.budget_bytes;
         let spare = (REWRITES * self.options.segment_bytes).min(budget / SPARE_PART);
@@ -106,7 +107,7 @@ impl Engine {
     }
 
     /// Halves a window until a quarter of what it holds goes, or it is at its shortest.
-    fn shorten_window(&mut self, machine: MachineId) -> Duration {
+    pub(super) fn shorten_window(&mut self, machine: MachineId) -> Duration {
         loop {
             let halvings = self.halvings.entry(machine).or_default();
             *halvings += 1;
@@ -145,15 +146,21 @@ impl Engine {
         if self.budget_left() < self.options.budget_bytes / 2 {
             return;
         }
-        for halvings in self.halvings.values_mut() {
-            *halvings = halvings.saturating_sub(1);
+        let machines: Vec<MachineId> = self.halvings.keys().copied().collect();
+        for machine in machines {
+            if self.is_near_quota(machine) {
+                continue;
+            }
+            if let Some(halvings) = self.halvings.get_mut(&machine) {
+                *halvings = halvings.saturating_sub(1);
+            }
         }
         self.halvings.retain(|_, halvings| *halvings > 0);
     }
 
     /// Machines that hold more than their share, the one with most of it first; all of them when
     /// there is but one.
-    fn by_excess(&self) -> Vec<MachineId> {
+    pub(super) fn by_excess(&self) -> Vec<MachineId> {
         let mut held: BTreeMap<MachineId, u64> = BTreeMap::new();
         for entry in self.histories.values() {
             let maps = entry.disks.values();
@@ -163,6 +170,12 @@ impl Engine {
                 in_sections + map.entries.len() as u64
             });
             *held.entry(entry.machine).or_default() += entries.sum::<u64>();
+        }
+        // Once there is an account, bytes count.
+        for (machine, held) in &mut held {
+            if let Some(bytes) = self.needed_by(*machine) {
+                *held = bytes;
+            }
         }
         let share = held.values().sum::<u64>() / (held.len().max(1) as u64);
         let mut over: Vec<_> = held
@@ -174,7 +187,7 @@ impl Engine {
     }
 
     /// Records the floors that have moved; false when none has.
-    fn raise_floors(&mut self, out: &mut Vec<Output>) -> bool {
+    pub(super) fn raise_floors(&mut self, out: &mut Vec<Output>) -> bool {
         let floors = self.floors_to_raise();
         if floors.is_empty() {
             return false;
@@ -193,7 +206,7 @@ impl Engine {
     }
 
     /// The oldest points of a machine that no lock holds and no person named; one good point stays.
-    fn points_to_yield(&self, machine: MachineId) -> Vec<PointId> {
+    pub(super) fn points_to_yield(&self, machine: MachineId) -> Vec<PointId> {
         let Some(state) = self.machines.get(&machine) else {
             return Vec::new();
         };
@@ -212,7 +225,12 @@ impl Engine {
         free.into_iter().take(count).collect()
     }
 
-    fn yield_points(&mut self, machine: MachineId, points: Vec<PointId>, out: &mut Vec<Output>) {
+    pub(super) fn yield_points(
+        &mut self,
+        machine: MachineId,
+        points: Vec<PointId>,
+        out: &mut Vec<Output>,
+    ) {
         let edits = points
             .iter()
             .map(|point| Edit::PointDropped { point: *point });

@@ -41,6 +41,15 @@ impl Engine {
         self.submit(Owner::Reserve, StorageOp::Create { name }, out);
     }
 
+    /// Bytes that the file takes.
+    pub(super) fn reserve_bytes(&self) -> u64 {
+        match self.reserve {
+            Reserve::There => self.options.reserve_file_bytes,
+            Reserve::Growing(_, written) => written,
+            Reserve::Absent | Reserve::Leaving => 0,
+        }
+    }
+
     /// Gives the room up.
     pub(super) fn spend_reserve(&mut self, out: &mut Vec<Output>) {
         if self.reserve == Reserve::There {

@@ -121,6 +121,7 @@ impl Engine {
             history: *history,
             lsn: entry.floor,
         }));
+        edits.extend(self.space_state());
         edits
     }
 
@@ -232,6 +233,9 @@ impl Engine {
         if let Err(error) = policy.validate() {
             return Err(SeedError::refused(error.to_string(), ""));
         }
+        if let Some(rule) = &policy.lock {
+            self.can_carry_rule(machine, rule)?;
+        }
         let version = known + 1;
         let info = PolicyInfo {
             version,
@@ -299,6 +303,7 @@ impl Engine {
             edits.push(Edit::PointDropped { point: *point });
         }
         edits.extend(self.due_clock_edit());
+        edits.extend(self.due_churn_edits());
         if edits.is_empty() {
             out.push(Output::WakeAt(self.retention.next_at));
             return;

@@ -6,6 +6,7 @@
 //!   goes after that commit.
 //! * Slots keep their bytes, numbers and hashes; nothing is decrypted.
 //! * What cannot be read as it should be is not left behind: the segment stays as it is.
+//! * Before anything is left out there are notes that tell of it, and the new file names them.
 
 use afterimage_blockdev::{
     FileId, FileName, HistoryId, IoBuffer, Lsn, SegmentId, StorageError, StorageErrorKind,
@@ -18,7 +19,7 @@ use super::live::LiveSlots;
 use super::state::SeedSegment;
 use super::sweep::Judged;
 use super::{AfterCommit, Engine, Output, Owner, Phase};
-use crate::manifest::Edit;
+use crate::manifest::{Edit, Noted};
 use crate::segment::{FOOTERS_BYTES, SECTOR, SeedFooter, SeedSegmentBuilder, seed_file};
 
 /// Where a segment lies before.
@@ -26,6 +27,16 @@ use crate::segment::{FOOTERS_BYTES, SECTOR, SeedFooter, SeedSegmentBuilder, seed
 pub(super) enum Source {
     Log { last_sequence: u64, bytes: u64 },
     Seed(SeedSegment),
+}
+
+impl Source {
+    /// The last commit of a log segment; 0 for any other.
+    fn last_sequence(self) -> u64 {
+        match self {
+            Self::Log { last_sequence, .. } => last_sequence,
+            Self::Seed(_) => 0,
+        }
+    }
 }
 
 impl Source {
@@ -43,6 +54,8 @@ enum Step {
     Open,
     Read,
     CloseSource,
+    /// What is left out is told of first.
+    Notes,
     Create,
     Write,
     Sync,
@@ -59,6 +72,8 @@ pub(super) struct Rewrite {
     live: LiveSlots,
     step: Step,
     file: Option<FileId>,
+    /// The needed slots, when there are any.
+    builder: Option<Box<SeedSegmentBuilder>>,
     /// Pieces to be written, last one first.
     pieces: Vec<(u64, IoBuffer)>,
     /// What the manifest is told of the new file; `None` when nothing is needed.
@@ -89,15 +104,20 @@ impl Engine {
             segment,
             source,
             live,
-            step: Step::Open,
+            step: if is_dead_seed {
+                Step::CloseSource
+            } else {
+                Step::Open
+            },
             file: None,
+            builder: None,
             pieces: Vec::new(),
             moved: None,
             is_in_flight: false,
             failure: None,
         });
         if is_dead_seed {
-            return self.commit_rewrite(out);
+            return self.rewrite_on(out);
         }
         let name = source_name(segment, source);
         self.rewrite_ask(StorageOp::Open { name }, out);
@@ -179,26 +199,21 @@ impl Engine {
                 self.note_damage(format!("{name} stays as it is: {why}"));
             }
             Sorted::Moves(builder) if builder.slot_count() == 0 => {}
-            Sorted::Moves(builder) => {
-                let slot_count = builder.slot_count();
-                let generation = match rewrite.source {
-                    Source::Log { .. } => 1,
-                    Source::Seed(state) => state.generation + 1,
-                };
-                let (offset, end, root) = builder.finish();
-                rewrite.moved = Some(SeedSegment {
-                    generation,
-                    slot_count,
-                    bytes: offset + end.len() as u64,
-                    root,
-                });
-                rewrite.pieces.push((offset, end));
-            }
+            Sorted::Moves(builder) => rewrite.builder = Some(builder),
         }
         self.rewrite_on(out);
     }
 
+    /// Notes were written, or could not be.
+    pub(super) fn rewrite_has_notes(&mut self, out: &mut Vec<Output>) {
+        let waits = |rewrite: &Rewrite| rewrite.step == Step::Notes;
+        if self.rewrite.as_ref().is_some_and(waits) {
+            self.rewrite_on(out);
+        }
+    }
+
     fn rewrite_on(&mut self, out: &mut Vec<Output>) {
+        let notes = &mut self.notes;
         let Some(rewrite) = &mut self.rewrite else {
             return;
         };
@@ -214,14 +229,19 @@ impl Engine {
                 rewrite.file = None;
                 StorageOp::Close { file }
             }
-            (Step::CloseSource, _) => match rewrite.moved {
-                None => return self.commit_rewrite(out),
-                Some(moved) => {
-                    rewrite.step = Step::Create;
-                    let name = seed_file(rewrite.segment, moved.generation);
-                    StorageOp::Create { name }
+            (Step::CloseSource | Step::Notes, _) => {
+                rewrite.step = Step::Notes;
+                if !notes.tell_of(rewrite.source.last_sequence()) {
+                    return;
                 }
-            },
+                match rewrite.lay_out(notes.needed()) {
+                    None => return self.commit_rewrite(out),
+                    Some(name) => {
+                        rewrite.step = Step::Create;
+                        StorageOp::Create { name }
+                    }
+                }
+            }
             (Step::Create | Step::Write, Some(file)) => {
                 rewrite.step = Step::Write;
                 match rewrite.pieces.pop() {
@@ -349,6 +369,42 @@ impl Engine {
             self.give_rewrite_up(out);
         }
     }
+}
+
+impl Rewrite {
+    /// Lays the new file out, if there is anything to keep; gives back its name.
+    fn lay_out(&mut self, notes: u32) -> Option<FileName> {
+        let mut builder = self.builder.take()?;
+        builder.need_notes(notes);
+        let slot_count = builder.slot_count();
+        let generation = match self.source {
+            Source::Log { .. } => 1,
+            Source::Seed(state) => state.generation + 1,
+        };
+        let (offset, end, root) = builder.finish();
+        self.moved = Some(SeedSegment {
+            generation,
+            slot_count,
+            bytes: offset + end.len() as u64,
+            root,
+        });
+        self.pieces.push((offset, end));
+        Some(seed_file(self.segment, generation))
+    }
+
+    /// What is about to become of it.
+    pub(super) fn moving(&self) -> Edit {
+        moving(self.segment, self.source, &self.live)
+    }
+}
+
+/// What is about to become of a segment.
+pub(super) fn moving(segment: SegmentId, source: Source, live: &LiveSlots) -> Edit {
+    Edit::Noted(Noted::Moving {
+        segment,
+        last_sequence: source.last_sequence(),
+        needed: live.count(),
+    })
 }
 
 fn source_name(segment: SegmentId, source: Source) -> FileName {

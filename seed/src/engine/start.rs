@@ -218,7 +218,11 @@ impl Engine {
                         known.is_some_and(|known| known.generation == generation)
                     })
                 };
-                let unnamed: Vec<_> = names.into_iter().filter(|name| !is_named(name)).collect();
+                let notes = &mut self.notes;
+                let is_left =
+                    |name: &FileName| !is_named(name) && !notes.found(name, self.checkpoint);
+                let unnamed: Vec<_> = names.into_iter().filter(is_left).collect();
+                self.next_run = self.next_run.max(self.notes.next_run());
                 self.start.sweep.extend(unnamed);
                 self.sweep_next(out);
             }
@@ -491,7 +495,9 @@ impl Engine {
             entry.find_bulk_done();
         }
         self.phase = Phase::Running;
-        self.share_budget();
+        self.notes.changed(self.now);
+        self.limit_budget();
+        self.ask_room(out);
         self.release_log(out);
         out.push(Output::Ready);
     }
@@ -682,10 +688,13 @@ impl Engine {
                 }
             }
             Edit::BaseThrough { segment } => self.base_through = segment,
+            // Only notes have them.
+            Edit::Noted(_) => {}
             edit @ (Edit::Policy { .. }
             | Edit::PointLocked { .. }
             | Edit::Clock(_)
             | Edit::Floor { .. }) => self.replay_retention(edit),
+            edit @ (Edit::Quota { .. } | Edit::Churn { .. }) => self.replay_space(&edit),
         }
         Ok(())
     }

@@ -114,7 +114,11 @@ impl Engine {
             .sum();
         let runs: u64 = self.runs.values().sum();
         EngineInfo {
-            stored_bytes: self.log.stored_bytes() + seeds + runs + self.manifest.stored_bytes(),
+            stored_bytes: self.log.stored_bytes()
+                + seeds
+                + runs
+                + self.notes.stored_bytes()
+                + self.manifest.stored_bytes(),
             queued_bytes: self.queued_bytes(),
             paused: self
                 .is_paused
@@ -218,7 +222,8 @@ impl Engine {
         let runs = self.runs.keys().copied().map(StoreFile::Run);
         // First, for it says what the others should be.
         let manifest = core::iter::once(StoreFile::Manifest(self.manifest.number()));
-        manifest.chain(logs).chain(seeds).chain(runs).collect()
+        let others = logs.chain(seeds).chain(runs).chain(self.notes.files());
+        manifest.chain(others).collect()
     }
 
     /// The whole state, for the beginning of a manifest file.

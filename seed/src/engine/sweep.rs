@@ -45,8 +45,8 @@ pub(super) struct Sweep {
     step: Step,
     /// The map must reach to this sequence of the log.
     sequence: u64,
-    logs: VecDeque<Judged>,
-    seeds: VecDeque<Judged>,
+    pub(super) logs: VecDeque<Judged>,
+    pub(super) seeds: VecDeque<Judged>,
     pub(super) done: Collected,
     requests: Vec<RequestId>,
     /// Asked for while one was on its way.
@@ -95,7 +95,8 @@ impl Engine {
         // Where only the budget ends, there is room to work with.
         let is_pressed = is_needed && lacks_room && self.is_paused != Some(true);
         let is_asked = !self.sweep.next_requests.is_empty();
-        if self.now < self.next_sweep && !is_needed && !is_asked {
+        let is_wanted = is_asked || self.quotas_want_sweep();
+        if self.now < self.next_sweep && !is_needed && !is_wanted {
             out.push(Output::WakeAt(self.next_sweep));
             return;
         }
@@ -108,6 +109,7 @@ impl Engine {
         } else if !lacks_room {
             self.recover_windows();
         }
+        self.keep_quotas(out);
         self.sweep = Sweep {
             step: Step::Yield,
             is_needed,
@@ -150,13 +152,18 @@ impl Engine {
         let base_through = self.base_through;
         let seeds = self.seed_segments.keys().copied();
         let seeds = seeds.filter(|id| id.0 & SEED_BIT == 0 || *id <= base_through);
-        let live = LiveMap::new(logs.chain(seeds));
+        let account = self.begin_account();
+        let live = LiveMap::new(checkpoint, logs.chain(seeds), account);
+        self.ask_room(out);
         let runs: Vec<_> = self.runs.keys().copied().collect();
         let writes = !self.sweep.is_pressed && !runs.is_empty();
         self.begin_merge(runs, Some(live), writes, out);
     }
 
-    pub(super) fn swept(&mut self, live: LiveMap, out: &mut Vec<Output>) {
+    pub(super) fn swept(&mut self, mut live: LiveMap, out: &mut Vec<Output>) {
+        self.notes.judged(live.take_rest(), self.log_released);
+        let account = live.take_account();
+        self.end_account(account, &live);
         let mut live: BTreeMap<SegmentId, LiveSlots> = live.into_segments();
         for sealed in self.log.sealed_segments() {
             let Some(live) = live.remove(&sealed.segment) else {
@@ -231,7 +238,9 @@ impl Engine {
 
     fn end_sweep(&mut self, out: &mut Vec<Output>) {
         let sweep = core::mem::take(&mut self.sweep);
+        self.notes.sweep_ends();
         self.sweep.next_requests = sweep.next_requests;
+        self.quotas_swept(out);
         if sweep.is_needed {
             // When nobody can give anything, looking again soon is of no use.
             let wait = self.options.retry * (1 << self.idle_sweeps.min(IDLE_DOUBLINGS));

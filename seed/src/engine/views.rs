@@ -197,7 +197,7 @@ impl Engine {
     }
 
     /// What a disk consists of at an LSN of a history, as it is.
-    fn assemble(&mut self, disk: DiskId, history: HistoryId, lsn: Lsn) -> Arc<Snapshot> {
+    pub(super) fn assemble(&mut self, disk: DiskId, history: HistoryId, lsn: Lsn) -> Arc<Snapshot> {
         let mut layers = Vec::new();
         let mut lost = Vec::new();
         let mut at = Some((history, lsn));
@@ -264,12 +264,9 @@ impl Engine {
         let (history, asked) = self.cut_at(machine, &reference.at)?;
         let mut lsn = asked;
         if !allow_incomplete {
-            // A batch is a state only when whole: before its end, its begin is shown.
-            while let Some(begin) = self.open_batch(disk, history, lsn) {
-                lsn = Lsn(begin.0.saturating_sub(1));
-            }
-            if !self.copied_in_lineage(disk, history, lsn) {
-                return Err(SeedError::Incomplete {
+            lsn = self
+                .whole_at(disk, history, asked)
+                .ok_or_else(|| SeedError::Incomplete {
                     message: format!(
                         "no whole copy of {}/{} is here at LSN {asked}",
                         reference.machine, reference.disk
@@ -277,8 +274,7 @@ impl Engine {
                     hint: "wait until the initial replication is done (`aft status`), or look at \
                            a later point"
                         .to_owned(),
-                });
-            }
+                })?;
         }
         self.must_be_kept(machine, history, (asked, lsn))?;
         let snapshot = self.assemble(disk, history, lsn);
@@ -369,7 +365,7 @@ impl Engine {
         Ok(None)
     }
 
-    fn disk_key(&self, disk: DiskId) -> Result<DiskKey, SeedError> {
+    pub(super) fn disk_key(&self, disk: DiskId) -> Result<DiskKey, SeedError> {
         let missing = || SeedError::WrongStoreKey {
             disk: disk.to_string(),
         };

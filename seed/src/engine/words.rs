@@ -11,8 +11,10 @@ use afterimage_cache::{DiskKey, Frame};
 
 use super::EngineInfo;
 use super::retention::PolicyInfo;
+use super::space::{PointSpace, SpaceInfo};
 use crate::error::SeedError;
 use crate::manifest::PointRecord;
+use crate::notes::NotesFile;
 use crate::reference::{At, Reference};
 use crate::retention::Policy;
 use crate::run::RunId;
@@ -130,8 +132,35 @@ pub enum Request {
         /// Also inside an unfinished copy.
         allow_incomplete: bool,
     },
+    /// Opens a branch again, as its one writer.
+    OpenBranch {
+        /// The branch.
+        history: HistoryId,
+        /// The disk that it is of.
+        disk: DiskId,
+    },
     /// Drops a branch.
     DropBranch(HistoryId),
+    /// Lists the points at which a disk has a state, by number.
+    PointStates {
+        /// The machine.
+        machine: MachineId,
+        /// Its disk.
+        disk: DiskId,
+        /// Those after this one.
+        after: PointId,
+        /// At most so many.
+        limit: usize,
+    },
+    /// Finds one of them by its name.
+    FindPoint {
+        /// The machine.
+        machine: MachineId,
+        /// Its disk.
+        disk: DiskId,
+        /// The point's name.
+        name: String,
+    },
     /// Takes a machine away from its writer.
     Fence {
         /// The machine.
@@ -145,6 +174,24 @@ pub enum Request {
     Info,
     /// Lists the files that count, for verification.
     Files,
+    /// Says what takes room.
+    Space,
+    /// Lists points with what they need.
+    PointSpace {
+        /// The machine's name or identity.
+        machine: String,
+        /// Those after this one.
+        after: PointId,
+        /// At most so many.
+        limit: usize,
+    },
+    /// Sets a quota, or takes it away.
+    SetQuota {
+        /// A machine, or a disk as machine/disk; the store when nothing is named.
+        of: Option<String>,
+        /// The bytes; none for any number.
+        bytes: Option<u64>,
+    },
 }
 
 /// An opened stream.
@@ -207,6 +254,17 @@ pub struct ForkedBranch {
     pub origin: AgentId,
 }
 
+/// A point, and what of a disk is there.
+#[derive(Clone, Debug)]
+pub struct PointState {
+    /// The point.
+    pub point: PointRecord,
+    /// Epoch of the newest writer of its history.
+    pub epoch: Epoch,
+    /// Size of the disk there, in bytes.
+    pub size_bytes: u64,
+}
+
 /// A file of the store that counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StoreFile {
@@ -218,6 +276,8 @@ pub enum StoreFile {
     Seed(SegmentId, u32),
     /// A run.
     Run(RunId),
+    /// Notes for a rebuild.
+    Notes(NotesFile),
 }
 
 /// An answer.
@@ -233,7 +293,10 @@ pub enum Response {
     Points(Vec<PointRecord>, u64),
     /// Of `Snapshot` and `NewestState`.
     Snapshot(TakenSnapshot),
-    /// Of `Fork`.
+    /// Of `PointStates` and `FindPoint`: what was found, and the last point that was looked at;
+    /// none at the end.
+    PointStates(Vec<PointState>, Option<PointId>),
+    /// Of `Fork` and `OpenBranch`.
     Branch(Box<ForkedBranch>),
     /// Of `Collect`.
     Collected(Collected),
@@ -243,6 +306,10 @@ pub enum Response {
     Files(Vec<StoreFile>),
     /// Of `SetPolicy` and `GetPolicy`.
     Policy(PolicyInfo),
+    /// Of `Space`.
+    Space(Box<SpaceInfo>),
+    /// Of `PointSpace`: the page, and when it was worked out.
+    PointSpace(Vec<PointSpace>, Option<Timestamp>),
     /// Of all others.
     Done,
 }
@@ -337,6 +404,25 @@ pub enum Event {
         machine: MachineId,
         /// How many.
         count: usize,
+    },
+    /// A machine takes more than its quota, and nothing of it can go: its ingest waits.
+    MachinePaused {
+        /// The machine.
+        machine: MachineId,
+        /// Why.
+        why: String,
+    },
+    /// Its ingest goes on.
+    MachineResumed {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// A stream's frames wait, for its machine does.
+    StreamPaused {
+        /// The stream.
+        stream: StreamNumber,
+        /// Why.
+        why: String,
     },
     /// Runs were not merged; it is tried again.
     MergeGivenUp {

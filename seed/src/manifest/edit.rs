@@ -12,7 +12,9 @@ use afterimage_cache::Damage;
 use afterimage_cache::key::WRAPPED_BYTES;
 
 use super::field::{FieldReader, FieldWriter};
-use crate::retention::{ClockRecord, Elapsed, Lock, LockRule, Policy, Tier};
+use super::noted::Noted;
+use super::space::{QuotaOf, decode_churn, encode_churn};
+use crate::retention::{ChurnRecord, ClockRecord, Elapsed, Lock, LockRule, Policy, Tier};
 use crate::run::RunId;
 
 /// What kind of state a point names.
@@ -288,6 +290,22 @@ pub enum Edit {
         /// First LSN of which all that follow are addressable.
         lsn: Lsn,
     },
+    /// What only notes say.
+    Noted(Noted),
+    /// Most bytes that something may take; 0 for any number.
+    Quota {
+        /// What.
+        of: QuotaOf,
+        /// Bytes.
+        bytes: u64,
+    },
+    /// What was measured of a disk's churn.
+    Churn {
+        /// The disk.
+        disk: DiskId,
+        /// What.
+        churn: ChurnRecord,
+    },
 }
 
 impl Edit {
@@ -470,6 +488,17 @@ impl Edit {
                 w.id(history.0).u64(lsn.0);
                 21
             }
+            Self::Noted(noted) => noted.encode(w),
+            Self::Quota { of, bytes } => {
+                of.encode(w);
+                w.u64(*bytes);
+                31
+            }
+            Self::Churn { disk, churn } => {
+                w.id(disk.0);
+                encode_churn(churn, w);
+                32
+            }
         }
     }
 
@@ -606,6 +635,15 @@ impl Edit {
             21 => Self::Floor {
                 history: HistoryId(r.array()?),
                 lsn: Lsn(r.u64()?),
+            },
+            22..=24 => Self::Noted(Noted::decode(code, r)?),
+            31 => Self::Quota {
+                of: QuotaOf::decode(r)?,
+                bytes: r.u64()?,
+            },
+            32 => Self::Churn {
+                disk: DiskId(r.array()?),
+                churn: decode_churn(r)?,
             },
             _ => return None,
         })

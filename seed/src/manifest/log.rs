@@ -11,6 +11,7 @@ use afterimage_blockdev::{
 use afterimage_cache::Damage;
 
 use super::found::{Found, Walked};
+use super::snapshot::{COMMIT_BYTES, bytes_of, encode_snapshot};
 use super::{
     COMMIT_BYTES_MAX, Edit, FILE_BYTES_MAX, ManifestCommit, SECTOR, manifest_file,
     parse_manifest_file,
@@ -20,11 +21,6 @@ use crate::patchwork::Patchwork;
 
 type StorageResult = Result<StorageOutcome, StorageError>;
 
-/// Edits in one commit of a snapshot.
-const SNAPSHOT_EDITS: usize = 4096;
-/// Bytes of edits from which on a commit takes no more of them. What is longer on its own goes
-/// into a snapshot, which may have many parts.
-const COMMIT_BYTES: usize = 4 << 20;
 /// A file is replaced when it is so many times as long as the snapshot that it began with.
 const SNAPSHOT_LENGTHS: u64 = 4;
 
@@ -182,6 +178,12 @@ impl Manifest {
         self.write_at
     }
 
+    /// All commits below this one are durable, and none from it on was reported so.
+    #[must_use]
+    pub fn next_sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// Says whether commits wait or are on their way.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -325,26 +327,11 @@ impl Manifest {
         for (_, edits) in &mut self.writing {
             state.append(edits);
         }
-        let mut bytes = IoBuffer::with_capacity(SECTOR);
-        let (mut sequence, mut previous) = (self.sequence, self.previous);
-        let parts = cut(&state);
-        let count = parts.len();
-        for (place, part) in parts.into_iter().enumerate() {
-            let commit = ManifestCommit {
-                sequence,
-                previous,
-                is_snapshot: true,
-                ends_snapshot: place + 1 == count,
-                edits: part.to_vec(),
-            };
-            let (encoded, hash) = match commit.encode_twice() {
+        let (bytes, sequence, previous) =
+            match encode_snapshot(&state, self.sequence, self.previous) {
                 Ok(encoded) => encoded,
                 Err(damage) => return self.refuse(damage, out),
             };
-            bytes.extend_from_slice(&encoded);
-            sequence = sequence.saturating_add(1);
-            previous = hash;
-        }
         if bytes.len() as u64 > FILE_BYTES_MAX / 2 {
             let structure = "manifest file";
             let field = "length";
@@ -639,39 +626,9 @@ impl Manifest {
     }
 }
 
-/// Bytes that edits take.
-fn bytes_of(edits: &[Edit]) -> usize {
-    let mut bytes = Vec::new();
-    edits
-        .iter()
-        .map(|edit| {
-            bytes.clear();
-            edit.encode_into(&mut bytes);
-            bytes.len()
-        })
-        .sum()
-}
-
 /// Says whether a commit would be so long that a snapshot must take it, in parts.
 fn is_long((_, edits): &(u64, Vec<Edit>)) -> bool {
     bytes_of(edits) > COMMIT_BYTES_MAX / 2
-}
-
-/// Cuts the edits of a snapshot into parts, none of them too long; at least one.
-fn cut(state: &[Edit]) -> Vec<&[Edit]> {
-    let mut parts = Vec::new();
-    let (mut from, mut bytes) = (0, 0);
-    for (place, edit) in state.iter().enumerate() {
-        let more = bytes_of(core::slice::from_ref(edit));
-        let is_over = place - from >= SNAPSHOT_EDITS || bytes + more > COMMIT_BYTES;
-        if is_over && place > from {
-            parts.push(&state[from..place]);
-            (from, bytes) = (place, 0);
-        }
-        bytes += more;
-    }
-    parts.push(&state[from..]);
-    parts
 }
 
 fn damaged(file: String, offset: u64, damage: Damage) -> SeedError {

@@ -24,10 +24,16 @@ mod edit;
 mod field;
 mod found;
 mod log;
+mod noted;
+mod snapshot;
+mod space;
 
 pub use edit::{BatchRecord, Edit, HistoryState, PointKind, PointRecord};
 pub(crate) use found::{Found, Walked};
 pub use log::{Manifest, ManifestOutput};
+pub use noted::Noted;
+pub use snapshot::encode_state;
+pub use space::QuotaOf;
 
 use afterimage_blockdev::{FileName, IoBuffer};
 use afterimage_cache::Damage;

@@ -16,7 +16,7 @@ use crate::section::{Section, Snapshot};
 
 /// Blocks of a region: 2 MiB.
 pub(crate) const REGION_BLOCKS: u64 = 512;
-const REGION_CELLS: u64 = REGION_BLOCKS / CELL_BLOCKS as u64;
+pub(crate) const REGION_CELLS: u64 = REGION_BLOCKS / CELL_BLOCKS as u64;
 
 /// A snapshot's serial and a region.
 pub(crate) type PageKey = (u64, u64);

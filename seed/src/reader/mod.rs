@@ -9,6 +9,7 @@ mod cache;
 mod directory;
 mod files;
 mod map_page;
+mod own;
 mod slots;
 
 use std::collections::HashMap;
@@ -27,9 +28,9 @@ use crate::error::SeedError;
 use cache::Cache;
 pub(crate) use files::SEED_BIT;
 use files::{FileKey, OpenFile, SegmentFile};
-use map_page::{MapPage, PageKey};
+use map_page::PageKey;
 
-pub(crate) use map_page::{REGION_BLOCKS, Resolved};
+pub(crate) use map_page::{MapPage, REGION_BLOCKS, Resolved};
 pub use slots::{ReadDone, ReadFailure, Sink};
 
 /// Bounds of a reader.

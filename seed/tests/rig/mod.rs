@@ -87,7 +87,7 @@ impl Medium {
 
     pub(crate) fn only(&self, directory: &str) -> FileName {
         let mut names = self.names(directory);
-        names.retain(|name| name.base().contains('.'));
+        names.retain(|name| name.base().contains('.') && !name.base().ends_with(".notes"));
         assert_eq!(names.len(), 1, "{names:?}");
         names[0].clone()
     }

@@ -41,6 +41,7 @@ impl Campaign {
         self.check_bulk(rig);
         self.check_points(rig);
         self.check_images(rig);
+        self.check_changes(rig);
     }
 
     fn check_histories(&mut self, info: &EngineInfo) {

@@ -16,6 +16,7 @@ use afterimage_blockdev::simulated::{CompletionOrder, SimulatedOptions, Simulate
 use afterimage_blockdev::{DiskId, FileName, HistoryId, Lsn, Random};
 use afterimage_cache::frame::FRAME_HEADER_BYTES;
 use afterimage_cache::record::RECORD_HEADER_BYTES;
+use afterimage_seed::notes::NotesFile;
 use afterimage_seed::segment::{SECTOR, SeedFooter};
 use afterimage_seed::verify::{Verification, verify_file};
 use afterimage_seed::{Request, Response, SeedError};
@@ -30,6 +31,7 @@ pub const FLIP_MUST_OCCUR: &[&str] = &[
     "flip-in-log",
     "flip-in-manifest",
     "flip-in-run",
+    "flip-in-notes",
     "flip-in-seed-slots",
     "flip-in-seed-directory",
     "flip-mended",
@@ -83,6 +85,7 @@ enum Part {
     Log,
     Manifest,
     Run,
+    Notes,
     SeedSlots,
     SeedDirectory,
 }
@@ -205,7 +208,7 @@ impl Campaign {
         if !info.damage.is_empty() {
             self.report.count("damage-named");
         }
-        let is_free = matches!(part, Part::Manifest | Part::Run | Part::SeedDirectory);
+        let is_free = !matches!(part, Part::Log | Part::SeedSlots);
         assert!(
             !is_free || refused.is_empty(),
             "{says} ({part:?}) costs {refused:?}: {texts:?}"
@@ -268,6 +271,7 @@ impl Campaign {
             "log" => Part::Log,
             "manifest" => Part::Manifest,
             "runs" => Part::Run,
+            _ if NotesFile::parse(name).is_some() => Part::Notes,
             _ => {
                 let (segment, _) =
                     afterimage_seed::segment::parse_seed_file(name).expect("a seed file");
@@ -285,6 +289,7 @@ impl Campaign {
             Part::Log => "flip-in-log",
             Part::Manifest => "flip-in-manifest",
             Part::Run => "flip-in-run",
+            Part::Notes => "flip-in-notes",
             Part::SeedSlots => "flip-in-seed-slots",
             Part::SeedDirectory => "flip-in-seed-directory",
         });

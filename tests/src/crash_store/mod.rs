@@ -15,10 +15,12 @@
 //! * a branch holds everything up to its last completed flush, and nothing that was not written.
 
 mod branch;
+mod changes;
 mod check;
 mod fault;
 mod flip;
 pub mod golden;
+mod rebuild;
 mod retain;
 mod work;
 
@@ -43,6 +45,9 @@ use branch::BranchRun;
 
 pub use fault::{FAULT_MUST_OCCUR, FAULT_REGRESSIONS, fault_campaign, fault_seed};
 pub use flip::{FLIP_MUST_OCCUR, FLIP_REGRESSIONS, flip_campaign, flip_seed};
+pub use rebuild::{
+    REBUILD_MUST_OCCUR, REBUILD_REGRESSIONS, Rebuild, rebuild_campaign, rebuild_seed,
+};
 
 /// Events without which a campaign proves too little.
 pub const MUST_OCCUR: &[&str] = &[
@@ -90,6 +95,8 @@ pub const MUST_OCCUR: &[&str] = &[
     "segment-dropped",
     "cut-in-segment-recovery",
     "image-compared",
+    "change-told",
+    "unchanged-told",
     "point-locked",
     "locked-by-policy",
     "lock-recovered",

@@ -56,6 +56,11 @@ impl KnownLock {
     }
 }
 
+/// Says whether a lock was refused because the store cannot carry it at its churn.
+fn is_of_forecast(error: &SeedError) -> bool {
+    error.to_string().contains("at the churn that was measured")
+}
+
 /// What is known of a machine's policy.
 #[derive(Clone)]
 struct KnownPolicy {
@@ -404,7 +409,7 @@ impl Campaign {
                 Err(error),
             ) => {
                 let (wall, real) = end;
-                let mut is_known = shortens;
+                let mut is_known = shortens || is_of_forecast(&error);
                 for key in keys {
                     if let Some(lock) = self.known.kept.locks.get_mut(&key) {
                         lock.asked.retain(|asked| *asked != End { wall, real });
@@ -453,6 +458,13 @@ impl Campaign {
             }
             (Waiting::Policy { is_stale: true, .. }, Err(_)) => {
                 self.report.count("stale-policy-refused");
+            }
+            (Waiting::Policy { machine, .. }, Err(error)) if is_of_forecast(&error) => {
+                // It is refused in the step that asks, so that it is the last one.
+                if let Some(known) = self.known.kept.policies.get_mut(&machine) {
+                    known.asked.pop();
+                }
+                self.report.count("lock-beyond-forecast-refused");
             }
             (Waiting::Confirmed, Ok(_)) => self.report.count("clock-confirmed"),
             other => return Some(other),

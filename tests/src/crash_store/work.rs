@@ -493,6 +493,10 @@ impl Campaign {
             Event::WindowShortened { .. } => self.report.count("window-shortened"),
             Event::PointsYielded { .. } => self.report.count("points-yielded"),
             Event::MergeGivenUp { .. } => self.report.count("merge-given-up"),
+            // No quota is set here.
+            Event::MachinePaused { .. }
+            | Event::MachineResumed { .. }
+            | Event::StreamPaused { .. } => {}
             Event::Collected(done) => {
                 self.report.count("collected");
                 self.report.add("segment-destaged", done.destaged);

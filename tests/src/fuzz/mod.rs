@@ -21,12 +21,14 @@ mod log;
 mod medium;
 mod messages;
 mod mutate;
+mod nbd;
 mod seed;
 mod store;
 mod streams;
 #[cfg(test)]
 mod tests;
 mod text;
+mod vhost;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -133,6 +135,8 @@ pub fn targets() -> Vec<Target> {
         text::targets(),
         medium::targets(),
         agent::targets(),
+        nbd::targets(),
+        vhost::targets(),
     ];
     rooms.into_iter().flatten().collect()
 }

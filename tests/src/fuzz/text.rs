@@ -5,6 +5,7 @@ use afterimage_cache::segment::{parse_segment_file, segment_file};
 use afterimage_protocol::rest::token::{TokenText, hex, parse_hex};
 use afterimage_protocol::rest::{ApiError, agent, server, time};
 use afterimage_seed::manifest::manifest_file;
+use afterimage_seed::notes::NotesFile;
 use afterimage_seed::reference::{At, Reference, format_time, parse_time};
 use afterimage_seed::run::{RunId, parse_run_file, run_file};
 use afterimage_seed::segment::{parse_seed_file, seed_file};
@@ -187,7 +188,9 @@ fn run_time(bytes: &[u8]) -> Verdict {
 
 fn make_name(random: &mut Random) -> Vec<u8> {
     let number = u32::try_from(random.next_u64() >> 32).expect("32 bits");
-    let name = match random.below(4) {
+    let name = match random.below(6) {
+        4 => NotesFile::State(number).name(),
+        5 => NotesFile::Rest(RunId(number), random.next_u64()).name(),
         0 => segment_file("log", SegmentId(number)),
         1 => seed_file(SegmentId(number), 0),
         2 => run_file(RunId(number)),
@@ -212,6 +215,9 @@ fn run_name(bytes: &[u8]) -> Verdict {
     }
     if let Some((segment, generation)) = parse_seed_file(&name) {
         assert_eq!(seed_file(segment, generation).base(), name.base());
+    }
+    if let Some(notes) = NotesFile::parse(&name) {
+        assert_eq!(notes.name().base(), name.base());
     }
     if let Some(run) = parse_run_file(&name) {
         assert_eq!(parse_run_file(&run_file(run)), Some(run));

@@ -5,9 +5,14 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
+use crate::branch_args::{BranchCommand, MountHow};
+use crate::files_args::FilesCommand;
+use crate::nbd_args::NbdCommand;
 use crate::offline_args::StoreCommand;
 use crate::policy_args::{LockEnd, PointSelection, PolicyCommand};
 use crate::seed_args::SeedCommand;
+use crate::space_args::{QuotaCommand, SpaceCommand};
+use crate::vhost_args::VhostCommand;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -20,7 +25,8 @@ Exit codes:
   6  data is damaged; it was not served
 
 A state of a disk is written as <machine>/<disk>@<when>; <when> is the name of a recovery point, a
-time such as 2026-07-31T12:00:00Z, an age such as -90s, lsn:1234, <history>:lsn:1234, or latest.";
+time such as 2026-07-31T12:00:00Z, an age such as -90s, lsn:1234, <history>:lsn:1234, or latest.
+A branch of it is written as <machine>/<disk>@branch:<name>.";
 
 /// Shows any protected disk as it was after any of its writes.
 #[derive(Parser, Clone, Debug)]
@@ -101,6 +107,12 @@ pub enum Command {
     /// How long points and writes are kept
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// What takes room, and how long it lasts
+    #[command(subcommand)]
+    Space(SpaceCommand),
+    /// What machines, disks and the store may take
+    #[command(subcommand)]
+    Quota(QuotaCommand),
     /// Show a disk as it was: as a mounted file system, or as a block device
     Mount(MountArgs),
     /// End a mount
@@ -113,6 +125,18 @@ pub enum Command {
     },
     /// List the mounts
     Mounts,
+    /// Single files of a disk as it was
+    #[command(subcommand)]
+    Files(FilesCommand),
+    /// Branches: writable disks that begin as a state of another one
+    #[command(subcommand)]
+    Branch(BranchCommand),
+    /// Disks over the network block device protocol
+    #[command(subcommand)]
+    Nbd(NbdCommand),
+    /// Disks of virtual machines, as vhost-user-blk sockets
+    #[command(subcommand)]
+    Vhost(VhostCommand),
     /// The log and store of the appliance
     #[command(subcommand)]
     Log(LogCommand),
@@ -259,7 +283,7 @@ pub enum PointCommand {
 /// A mount.
 #[derive(clap::Args, Clone, Debug)]
 pub struct MountArgs {
-    /// The state, as <machine>/<disk>@<when>
+    /// The state, as <machine>/<disk>@<when>, or a branch, as <machine>/<disk>@branch:<name>
     #[arg(value_name = "REF")]
     pub reference: String,
     /// Where; the appliance chooses a directory otherwise
@@ -274,6 +298,9 @@ pub struct MountArgs {
     /// Open a point inside an unfinished copy, which is no state of the source
     #[arg(long)]
     pub allow_incomplete: bool,
+    /// What is done otherwise than usual
+    #[command(flatten)]
+    pub how: MountHow,
 }
 
 /// The log and store of the appliance.

@@ -1,19 +1,25 @@
 //! `aft`: what a person or a script says to the appliance and to the agent of this machine.
 //!
-//! * [`args`], [`seed_args`]: the command line. [`commands`]: one file for each noun.
+//! * [`args`], [`branch_args`], [`files_args`], [`seed_args`]: the command line. [`commands`]: one
+//!   file for each noun.
 //! * [`offline`], [`offline_args`]: tools for a store whose daemon is stopped.
 //! * [`client`]: a request over a local socket or TLS.
 //! * [`output`]: tables for people, JSON for scripts, and nothing in between.
 
 pub mod args;
+pub mod branch_args;
 pub mod client;
 pub mod commands;
 pub mod error;
+pub mod files_args;
+pub mod nbd_args;
 pub mod offline;
 pub mod offline_args;
 pub mod output;
 pub mod policy_args;
 pub mod seed_args;
+pub mod space_args;
+pub mod vhost_args;
 
 use std::process::ExitCode;
 

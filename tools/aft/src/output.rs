@@ -65,6 +65,12 @@ impl Output {
         }
     }
 
+    /// Says whether answers are for scripts.
+    #[must_use]
+    pub fn is_json(&self) -> bool {
+        self.is_json
+    }
+
     /// Says whether progress may be drawn over itself.
     #[must_use]
     pub fn is_lively(&self) -> bool {

@@ -293,6 +293,7 @@ impl Machine {
             source: "afterimage-agent".to_owned(),
             event_threads: self.config.tap.fuse_threads,
             max_background: self.config.tap.fuse_background_max,
+            io_uring: self.config.tap.io_uring,
             // A name that comes back means another disk, and a size changes under a device.
             name_lifetime: Duration::ZERO,
             ..FuseOptions::default()

@@ -1,12 +1,16 @@
 //! Types of the control port and of the local sockets, as JSON.
 
 pub mod agent;
+pub mod branch;
+pub mod nbd;
 pub mod policy;
 pub mod scrub;
 pub mod seed;
 pub mod server;
+pub mod space;
 pub mod time;
 pub mod token;
+pub mod vhost;
 
 use afterimage_blockdev::ErrorClass;
 use serde::{Deserialize, Serialize};

@@ -4,6 +4,7 @@ use afterimage_blockdev::{AgentId, DiskId, Epoch, HistoryId, Lsn, MachineId, Poi
 use serde::{Deserialize, Serialize};
 
 use super::scrub::ScrubStatus;
+use super::space::SpaceForecast;
 use crate::message::DiskPhase;
 
 /// `POST /v1/tokens`: makes a one-time enrolment token.
@@ -155,6 +156,9 @@ pub struct ServerStatus {
     pub data_port: u16,
     /// Port of the control service.
     pub control_port: u16,
+    /// How long the room lasts.
+    #[serde(default)]
+    pub space: SpaceForecast,
     /// Of the checks of the whole store.
     #[serde(default)]
     pub scrub: ScrubStatus,
@@ -228,6 +232,12 @@ pub struct DiskStatus {
     pub addressable: Vec<AddressableRange>,
     /// Holes and damage, for people.
     pub damage: Vec<String>,
+    /// Stored bytes that its newest state and history need; `None` when that was not worked out.
+    #[serde(default)]
+    pub needed_bytes: Option<u64>,
+    /// Stored bytes that it writes in a day, as it was measured.
+    #[serde(default)]
+    pub written_per_day_bytes: Option<u64>,
 }
 
 /// A range of LSNs of one history in which every LSN can be mounted.
@@ -289,6 +299,29 @@ pub struct CreateMount {
     pub is_branch: bool,
     /// Opens a point inside an unfinished copy, which is no state of the source.
     pub allow_incomplete: bool,
+    /// What is done otherwise than usual.
+    #[serde(default)]
+    pub options: MountOptions,
+}
+
+/// What a mount does otherwise than usual.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MountOptions {
+    /// Mounts this partition of the disk.
+    pub partition: Option<u32>,
+    /// Refuses writes, also to the private copy; journals are replayed into that before.
+    pub is_read_only: bool,
+    /// Lets programs of the file system take the rights of their owners.
+    pub allow_suid: bool,
+    /// Lets device nodes of the file system be opened.
+    pub allow_dev: bool,
+    /// Lets programs of the file system run.
+    pub allow_exec: bool,
+    /// Name of a new branch; the appliance chooses one otherwise.
+    pub branch_name: Option<String>,
+    /// The most that a new branch may hold of its own, in bytes.
+    pub quota_bytes: Option<u64>,
 }
 
 /// One mount; `GET /v1/mounts` lists them, `DELETE /v1/mounts/{id}` ends one.
@@ -314,6 +347,9 @@ pub struct Mount {
     pub notes: Vec<String>,
     /// Says whether it is a branch.
     pub is_branch: bool,
+    /// The branch's name.
+    #[serde(default)]
+    pub branch_name: Option<String>,
     /// From request to a readable device, in ms.
     pub device_ms: u64,
     /// From request to the end, in ms.

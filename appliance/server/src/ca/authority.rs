@@ -297,6 +297,10 @@ impl Authority {
         let mut params = params(lifetime, serial, subject);
         params.subject_alt_names = names;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        if usage == ExtendedKeyUsagePurpose::ClientAuth {
+            // No key here enciphers another, but QEMU takes no certificate without it.
+            params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
+        }
         params.extended_key_usages = vec![usage];
         params.use_authority_key_identifier_extension = true;
         let certificate = params

@@ -9,6 +9,7 @@
 //! * Secrets of tokens are never stored, only their hashes.
 
 mod access;
+mod branches;
 mod enrolment;
 mod events;
 mod schema;
@@ -23,6 +24,7 @@ use parking_lot::Mutex;
 use rusqlite::Connection;
 
 pub use access::{Grant, MoveOutcome};
+pub use branches::{BranchRow, PromotionRow};
 pub use enrolment::{Enrolment, NewCertificate};
 
 /// What went wrong with the catalogue.

@@ -8,7 +8,8 @@ use rusqlite::Connection;
 use super::{CatalogueError, sql};
 
 /// One step for each version: the first makes an empty file version 1.
-const STEPS: [&str; 1] = [r"
+const STEPS: [&str; 2] = [
+    r"
     CREATE TABLE agents (
         agent    TEXT PRIMARY KEY,
         enrolled INTEGER NOT NULL,
@@ -48,7 +49,26 @@ const STEPS: [&str; 1] = [r"
         kind     TEXT NOT NULL,
         text     TEXT NOT NULL
     ) STRICT;
-"];
+",
+    r"
+    CREATE TABLE branches (
+        history          TEXT PRIMARY KEY,
+        machine          TEXT NOT NULL,
+        disk             TEXT NOT NULL,
+        name             TEXT NOT NULL,
+        parent           TEXT NOT NULL,
+        lsn              INTEGER NOT NULL,
+        size_bytes       INTEGER NOT NULL,
+        created          INTEGER NOT NULL,
+        quota_bytes      INTEGER,
+        used_bytes       INTEGER NOT NULL,
+        promotion_target TEXT,
+        promotion_lsn    INTEGER,
+        promotion_done   INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX branches_by_disk ON branches (machine, disk);
+",
+];
 
 /// Sets the connection up and migrates.
 ///

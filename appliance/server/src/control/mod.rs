@@ -8,18 +8,23 @@
 
 mod access;
 mod answer;
+mod branches;
 mod enrol;
 mod listener;
 mod machines;
 mod mounts;
+mod nbd;
 mod policy;
 mod routes;
 mod seeds;
+mod space;
 mod status;
 mod store;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 pub use access::Caller;
 pub use listener::{serve_local, serve_tls};
 pub use routes::router;
+pub use space::watch as watch_space;

@@ -20,7 +20,7 @@ pub(super) struct Removal {
     drop_branch: bool,
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     appliance: &Appliance,
     work: impl FnOnce(&Mounts) -> Result<T, ApiError> + Send + 'static,
 ) -> Answer<T> {

@@ -11,7 +11,7 @@ use axum::routing::{delete, get, post};
 
 use super::access::admins_only;
 use super::answer::Failure;
-use super::{enrol, machines, mounts, policy, seeds, status, store};
+use super::{branches, enrol, machines, mounts, nbd, policy, seeds, space, status, store, vhost};
 use crate::appliance::Appliance;
 
 /// Makes the routes. Each connection adds who its caller is.
@@ -45,9 +45,22 @@ pub fn router(appliance: Arc<Appliance>) -> Router {
             "/v1/machines/{machine}/locks",
             post(policy::lock).layer(DefaultBodyLimit::max(policy::BODY_BYTES_MAX)),
         )
+        .route("/v1/machines/{machine}/space", get(space::points))
         .route("/v1/clock/confirm", post(policy::confirm_clock))
+        .route("/v1/space", get(space::show))
+        .route("/v1/quotas", post(space::set_quota))
+        .route("/v1/nbd", get(nbd::list))
+        .route("/v1/vhost", get(vhost::list).post(vhost::serve))
+        .route("/v1/vhost/{socket}", delete(vhost::end))
         .route("/v1/mounts", get(mounts::list).post(mounts::create))
         .route("/v1/mounts/{id}", delete(mounts::remove))
+        .route("/v1/branches", get(branches::list).post(branches::create))
+        .route("/v1/branches/{history}", delete(branches::remove))
+        .route("/v1/branches/{history}/quota", post(branches::set_quota))
+        .route(
+            "/v1/branches/{history}/promotion",
+            post(branches::promote).delete(branches::stop_promotion),
+        )
         .route("/v1/seeds", get(seeds::list).post(seeds::create))
         .route("/v1/seeds/{machine}/{disk}", delete(seeds::remove))
         .route("/v1/seeds/{machine}/{disk}/ready", post(seeds::ready))

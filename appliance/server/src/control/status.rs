@@ -1,9 +1,10 @@
 //! How everything is.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage_blockdev::{ErrorClass, MachineId, Timestamp};
+use afterimage_blockdev::{DiskId, ErrorClass, MachineId, Timestamp};
 use afterimage_protocol::message::{DiskPhase, DiskReport, SourceReport};
 use afterimage_protocol::rest::server::{DiskStatus, Event, MachineStatus, ServerStatus, StageLag};
 use axum::Json;
@@ -13,8 +14,11 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 
 use super::answer::{Answer, Failure};
+use super::space;
 use crate::appliance::Appliance;
-use crate::engine::{Command, DiskSummary, EngineStatus, HistorySummary, MachineSummary};
+use crate::engine::{
+    Command, DiskSummary, EngineStatus, HistorySummary, MachineSummary, SpaceFigures,
+};
 use crate::ingest::{Reported, StageDelay};
 
 /// Most events of a page.
@@ -24,8 +28,16 @@ const NS_PER_MS: u64 = 1_000_000;
 pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<ServerStatus> {
     let engine = appliance.engine.ask(Command::Status).await?;
     let now = appliance.now();
-    let machines = all_machines(&appliance, &engine, now);
+    let figures = space::figures(&appliance).await?;
+    let mut machines = all_machines(&appliance, &engine, now);
+    add_space(&mut machines, &figures);
     let mut health = Health::default();
+    for (name, why) in figures.waiting() {
+        health.red(format!("machine {name}: its ingest waits: {why}"));
+    }
+    for (_, text) in figures.warnings(appliance.config.control.space_warning()) {
+        health.yellow(text);
+    }
     if let Some(refusal) = &engine.paused {
         health.red(format!("ingest is paused: {refusal}"));
     }
@@ -61,6 +73,7 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
         is_ingest_paused: engine.paused.is_some(),
         data_port: appliance.data_port,
         control_port: appliance.control_port,
+        space: figures.forecast(),
         scrub,
         machines,
     }))
@@ -70,7 +83,10 @@ pub(super) async fn machines(
     State(appliance): State<Arc<Appliance>>,
 ) -> Answer<Vec<MachineStatus>> {
     let engine = appliance.engine.ask(Command::Status).await?;
-    Ok(Json(all_machines(&appliance, &engine, appliance.now())))
+    let figures = space::figures(&appliance).await?;
+    let mut machines = all_machines(&appliance, &engine, appliance.now());
+    add_space(&mut machines, &figures);
+    Ok(Json(machines))
 }
 
 pub(super) async fn disks(
@@ -79,7 +95,8 @@ pub(super) async fn disks(
 ) -> Answer<Vec<DiskStatus>> {
     let engine = appliance.engine.ask(Command::Status).await?;
     let identity: Option<MachineId> = wanted.parse().ok();
-    let machines = all_machines(&appliance, &engine, appliance.now());
+    let mut machines = all_machines(&appliance, &engine, appliance.now());
+    add_space(&mut machines, &space::figures(&appliance).await?);
     let names: Vec<String> = machines
         .iter()
         .take(10)
@@ -200,6 +217,25 @@ fn describe_disk(disk: &DiskSummary, reported: Option<&DiskReport>) -> DiskStatu
         has_copy: disk.has_copy,
         addressable: disk.addressable.clone(),
         damage: disk.damage.clone(),
+        needed_bytes: None,
+        written_per_day_bytes: None,
+    }
+}
+
+/// Adds what disks take.
+fn add_space(machines: &mut [MachineStatus], figures: &SpaceFigures) {
+    let Some(_) = figures.info.at else { return };
+    let known = figures.info.machines.iter();
+    let known: HashMap<DiskId, _> = known
+        .flat_map(|machine| &machine.disks)
+        .map(|disk| (disk.disk, disk))
+        .collect();
+    for disk in machines.iter_mut().flat_map(|machine| &mut machine.disks) {
+        if let Some(found) = known.get(&disk.disk) {
+            let needed = found.account.needed().bytes;
+            disk.needed_bytes = Some(needed.saturating_add(found.since_bytes));
+            disk.written_per_day_bytes = Some(found.written_per_day);
+        }
     }
 }
 

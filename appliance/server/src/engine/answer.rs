@@ -85,6 +85,18 @@ pub(super) fn paused(is_budget: bool) -> Refusal {
     }
 }
 
+/// A machine's ingest waits because of a quota.
+pub(super) fn quota_reached(why: String) -> Refusal {
+    Refusal {
+        code: RefusalCode::NoSpace,
+        class: ErrorClass::Retry,
+        message: why,
+        hint: "raise the quota with `aft quota set`, delete points, or wait until locks end; \
+               ingest resumes by itself"
+            .to_owned(),
+    }
+}
+
 pub(super) fn gone(why: &str) -> Refusal {
     Refusal {
         code: RefusalCode::ShuttingDown,

@@ -11,11 +11,14 @@ use afterimage_protocol::message::{DiskDescription, ForkPoint};
 use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::policy::{MachinePolicy, SetPolicy};
 use afterimage_protocol::rest::server::{AddressableRange, CollectReport, Point, VerifyReport};
+use afterimage_protocol::rest::space::PointSpaces;
 use afterimage_protocol::{Refusal, RefusalCode};
+use afterimage_seed::{Usage, ViewDevice};
 use crossbeam::channel::{Sender, TrySendError};
 use tokio::sync::oneshot;
 
 use super::files::FileCommand;
+use super::space::SpaceFigures;
 use crate::events::EventLog;
 
 /// Names an open stream within the engine. A stream that was taken over or closed is refused.
@@ -105,6 +108,8 @@ pub struct ViewRequest {
 pub struct ViewOpened {
     /// The read-only disk.
     pub device: Arc<dyn BlockDevice>,
+    /// The same, where it can be compared with another state.
+    pub view: Option<Arc<ViewDevice>>,
     /// The machine.
     pub machine: MachineId,
     /// The disk.
@@ -129,10 +134,44 @@ pub struct BranchOpened {
     pub parent: HistoryId,
     /// The LSN forked from.
     pub lsn: Lsn,
+    /// The machine.
+    pub machine: MachineId,
     /// The disk.
     pub disk: DiskId,
+    /// What it holds of its own, and may hold.
+    pub usage: Arc<Usage>,
     /// What was asked for was inside a batch.
     pub resolved_to_batch_begin: bool,
+}
+
+/// Asks for a branch that was forked before.
+#[derive(Clone, Copy, Debug)]
+pub struct ReopenRequest {
+    /// The branch.
+    pub history: HistoryId,
+    /// The disk that it is of.
+    pub disk: DiskId,
+    /// The most that it may hold of its own.
+    pub limit_bytes: Option<u64>,
+}
+
+/// Points of a directory of the tree.
+#[derive(Clone, Debug, Default)]
+pub struct PointListing {
+    /// Points at which the disk has a state, each with the epoch of its history's newest writer
+    /// and the size of the disk in bytes.
+    pub points: Vec<(Point, Epoch, u64)>,
+    /// The last point that was looked at; `None` at the end.
+    pub last: Option<PointId>,
+}
+
+/// Which points a directory of the tree is asked for.
+#[derive(Clone, Debug)]
+pub enum PointsWanted {
+    /// At most so many after one.
+    After(PointId, usize),
+    /// The one of this name.
+    Named(String),
 }
 
 /// One page of recovery points, oldest first.
@@ -310,10 +349,45 @@ pub enum Command {
     OpenView(ViewRequest, Reply<Result<ViewOpened, ApiError>>),
     /// Forks a branch.
     Fork(ViewRequest, Reply<Result<BranchOpened, ApiError>>),
+    /// Opens a branch again, at its newest durable state.
+    Reopen(ReopenRequest, Reply<Result<BranchOpened, ApiError>>),
+    /// Lists or finds points of a disk, as a directory shows them.
+    PointStates {
+        /// The machine.
+        machine: MachineId,
+        /// Its disk.
+        disk: DiskId,
+        /// Which.
+        wanted: PointsWanted,
+        /// The listing.
+        reply: Reply<Result<PointListing, ApiError>>,
+    },
     /// Drops a branch's history.
     DropBranch(HistoryId, Reply<Result<(), ApiError>>),
     /// Describes everything.
     Status(Reply<EngineStatus>),
+    /// Says what takes room.
+    Space(Reply<SpaceFigures>),
+    /// Lists points with what they need.
+    PointSpace {
+        /// The machine's name or identity.
+        machine: String,
+        /// Those after this one.
+        after: PointId,
+        /// At most so many.
+        limit: usize,
+        /// The page.
+        reply: Reply<Result<PointSpaces, ApiError>>,
+    },
+    /// Sets a quota, or takes it away.
+    SetQuota {
+        /// A machine, or a disk as machine/disk; the store when nothing is named.
+        of: Option<String>,
+        /// Most bytes; none for any number.
+        bytes: Option<u64>,
+        /// Durable when answered.
+        reply: Reply<Result<(), ApiError>>,
+    },
     /// Gives back the space of what nobody needs.
     Collect(Reply<Result<CollectReport, ApiError>>),
     /// Reads and checks every byte of the store.

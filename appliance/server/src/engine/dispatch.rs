@@ -7,23 +7,22 @@ use afterimage_cache::TagKey;
 use afterimage_protocol::Refusal;
 use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::server::VerifyReport;
-use afterimage_seed::engine::{ForkedBranch, StoreFile, StreamNumber, TakenSnapshot};
+use afterimage_seed::engine::{StoreFile, StreamNumber, TakenSnapshot};
 use afterimage_seed::reader::Sink;
 use afterimage_seed::reference::At;
 use afterimage_seed::verify::{Verification, verify_file};
-use afterimage_seed::{
-    BranchDevice, Input, Reader, Reference, Request, Response, SeedError, ViewDevice,
-};
+use afterimage_seed::{Input, Reader, Reference, Request, Response, SeedError, ViewDevice};
 
 use super::answer;
 use super::command::{
-    BranchOpened, Command, DiskOpened, OpenDisk, OpenRequest, PointPage, Reply, StreamKey,
-    StreamOpened, ViewOpened, ViewRequest,
+    Command, DiskOpened, OpenDisk, OpenRequest, PointPage, Reply, StreamKey, StreamOpened,
+    ViewOpened, ViewRequest,
 };
 use super::policy;
+use super::space;
 use super::thread::{EngineThread, files_of, snapshot_of};
 
-fn unexpected() -> SeedError {
+pub(super) fn unexpected() -> SeedError {
     SeedError::Refused {
         message: "the engine answered something else".into(),
         hint: String::new(),
@@ -134,6 +133,13 @@ impl EngineThread {
             }
             Command::OpenView(request, reply) => self.open_view(&request, reply),
             Command::Fork(request, reply) => self.fork(&request, reply),
+            Command::Reopen(request, reply) => self.reopen(request, reply),
+            Command::PointStates {
+                machine,
+                disk,
+                wanted,
+                reply,
+            } => self.point_states(machine, disk, wanted, reply),
             Command::DropBranch(history, reply) => {
                 self.answer(Request::DropBranch(history), reply, done);
             }
@@ -146,6 +152,23 @@ impl EngineThread {
                     }
                 }),
             ),
+            Command::Space(reply) => self.space(reply),
+            Command::PointSpace {
+                machine,
+                after,
+                limit,
+                reply,
+            } => {
+                let request = Request::PointSpace {
+                    machine,
+                    after,
+                    limit,
+                };
+                self.answer(request, reply, space::points);
+            }
+            Command::SetQuota { of, bytes, reply } => {
+                self.answer(Request::SetQuota { of, bytes }, reply, done);
+            }
             Command::Collect(reply) => {
                 self.answer(Request::Collect, reply, |response| match response {
                     Response::Collected(done) => Some(answer::collected(done)),
@@ -174,7 +197,7 @@ impl EngineThread {
     }
 
     /// Asks the engine and sends what `pick` makes of the answer.
-    fn answer<T: Send + 'static>(
+    pub(super) fn answer<T: Send + 'static>(
         &mut self,
         request: Request,
         reply: Reply<Result<T, ApiError>>,
@@ -301,50 +324,6 @@ impl EngineThread {
         );
     }
 
-    fn fork(&mut self, request: &ViewRequest, reply: Reply<Result<BranchOpened, ApiError>>) {
-        let reference = match request.reference.parse::<Reference>() {
-            Ok(reference) => reference,
-            Err(error) => {
-                let _gone = reply.send(Err(answer::api_error(&error)));
-                return;
-            }
-        };
-        let allow_incomplete = request.allow_incomplete;
-        self.ask(
-            Request::Fork {
-                reference,
-                allow_incomplete,
-            },
-            Box::new(move |thread, result| {
-                let opened = result.and_then(|response| match response {
-                    Response::Branch(branch) => thread.branch(&branch),
-                    _ => Err(unexpected()),
-                });
-                let _gone = reply.send(opened.map_err(|error| answer::api_error(&error)));
-            }),
-        );
-    }
-
-    fn branch(&mut self, branch: &ForkedBranch) -> Result<BranchOpened, SeedError> {
-        let stream = branch.stream.stream;
-        let device = BranchDevice::new(
-            branch,
-            self.reader()?,
-            self.sink(stream),
-            Arc::clone(&self.clock),
-            &*self.entropy,
-        );
-        self.branches.insert(stream, Arc::downgrade(&device));
-        Ok(BranchOpened {
-            device,
-            history: branch.history,
-            parent: branch.parent,
-            lsn: branch.fork,
-            disk: branch.taken.snapshot.disk,
-            resolved_to_batch_begin: branch.taken.resolved_to_batch_begin,
-        })
-    }
-
     fn verify(&mut self, reply: Reply<Result<VerifyReport, ApiError>>) {
         self.ask(
             Request::Files,
@@ -379,6 +358,7 @@ fn done(response: Response) -> Option<()> {
 
 fn view_of(taken: &TakenSnapshot, reader: Arc<Reader>) -> ViewOpened {
     let snapshot = Arc::clone(&taken.snapshot);
+    let view = Arc::new(ViewDevice::new(reader, Arc::clone(&snapshot)));
     ViewOpened {
         machine: taken.machine,
         disk: snapshot.disk,
@@ -386,7 +366,8 @@ fn view_of(taken: &TakenSnapshot, reader: Arc<Reader>) -> ViewOpened {
         lsn: snapshot.lsn,
         time: taken.time,
         resolved_to_batch_begin: taken.resolved_to_batch_begin,
-        device: Arc::new(ViewDevice::new(reader, snapshot)) as Arc<dyn BlockDevice>,
+        device: Arc::clone(&view) as Arc<dyn BlockDevice>,
+        view: Some(view),
     }
 }
 

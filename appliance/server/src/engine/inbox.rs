@@ -6,16 +6,29 @@ use std::time::{Duration, Instant};
 
 use afterimage_blockdev::{StorageCompleter, StorageCompletion};
 use afterimage_cache::Frame;
-use afterimage_seed::FrameSink;
-use afterimage_seed::engine::StreamNumber;
+use afterimage_protocol::rest::ApiError;
+use afterimage_seed::engine::{ForkedBranch, StreamNumber};
+use afterimage_seed::{BranchContents, FrameSink, SeedError, Usage};
 use parking_lot::{Condvar, Mutex};
 
-/// From a branch's device.
+use super::command::{BranchOpened, Reply};
+
+/// A branch whose contents were counted.
+pub(super) struct Found {
+    pub(super) branch: Box<ForkedBranch>,
+    pub(super) contents: Result<BranchContents, SeedError>,
+    pub(super) usage: Arc<Usage>,
+    pub(super) reply: Reply<Result<BranchOpened, ApiError>>,
+}
+
+/// From a branch's device, or on its way to one.
 pub(super) enum FromBranch {
     /// A frame to append. Bounded by what a branch keeps in memory.
     Append(StreamNumber, Frame),
     /// A newer snapshot is wanted.
     Refresh(StreamNumber),
+    /// A device can be made.
+    Found(Box<Found>),
 }
 
 #[derive(Default)]
@@ -60,6 +73,11 @@ impl Inbox {
         if !contents.is_awake {
             self.arrived.wait_for(&mut contents, at_most);
         }
+    }
+
+    /// Goes on with a branch.
+    pub(super) fn found(&self, found: Found) {
+        self.put(FromBranch::Found(Box::new(found)));
     }
 
     fn put(&self, from: FromBranch) {

@@ -2,11 +2,13 @@
 //! daemon on the other. Everything else in the daemon talks to it through [`EngineHandle`].
 
 mod answer;
+mod branches;
 pub mod command;
 mod dispatch;
 mod files;
 mod inbox;
 mod policy;
+mod space;
 mod start;
 mod thread;
 
@@ -14,10 +16,11 @@ use afterimage_blockdev::{Storage, StorageOp, StorageOutcome, wait};
 
 pub use command::{
     BranchOpened, Command, DiskOpened, DiskSummary, EngineGone, EngineHandle, EngineStatus,
-    HistorySummary, MachineSummary, OpenDisk, OpenRequest, PointPage, StreamEvents, StreamKey,
-    StreamOpened, ViewOpened, ViewRequest,
+    HistorySummary, MachineSummary, OpenDisk, OpenRequest, PointListing, PointPage, PointsWanted,
+    ReopenRequest, StreamEvents, StreamKey, StreamOpened, ViewOpened, ViewRequest,
 };
 pub use files::{Cut, FileCommand, StoreFiles};
+pub use space::SpaceFigures;
 pub use start::{EngineSettings, start};
 
 /// All bytes and free bytes of the medium; zeroes when it does not say.

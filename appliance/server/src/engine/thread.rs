@@ -264,6 +264,19 @@ impl EngineThread {
             Event::MergeGivenUp { why } => {
                 tracing::warn!(%why, "a merge of runs is put off");
             }
+            Event::StreamPaused { stream, why } => {
+                if let Some(events) = self.streams.get(&stream) {
+                    events.paused(&answer::quota_reached(why));
+                }
+            }
+            Event::MachinePaused { machine, why } => {
+                let text = format!("ingest of machine {} waits: {why}", self.name_of(machine));
+                self.note("machine-paused", text);
+            }
+            Event::MachineResumed { machine } => {
+                let text = format!("ingest of machine {} goes on", self.name_of(machine));
+                self.note("machine-resumed", text);
+            }
         }
     }
 
@@ -287,6 +300,7 @@ impl EngineThread {
         match from {
             FromBranch::Append(stream, frame) => self.step(Input::Frame(stream, frame), ready),
             FromBranch::Refresh(stream) => self.refresh(stream),
+            FromBranch::Found(found) => self.found(*found),
         }
     }
 

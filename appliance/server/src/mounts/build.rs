@@ -8,9 +8,14 @@ use std::time::Duration;
 
 use afterimage_blockdev::{BlockDevice, ErrorClass};
 use afterimage_export::probe::{self, Partition};
-use afterimage_export::{Found, FsKind, LoopDevice, LoopOptions, mount_filesystem, unmount};
+use afterimage_export::{
+    FsKind, LoopDevice, LoopOptions, MountFlags, MountedAs, mount_filesystem, unmount,
+};
 use afterimage_protocol::rest::ApiError;
+use afterimage_protocol::rest::server::MountOptions;
 
+use super::branches::BranchUse;
+use super::choose::{self, Chosen};
 use super::directory::{MountDirectory, export_error};
 use super::tree::DiskTree;
 use crate::appliance::api_error;
@@ -24,6 +29,10 @@ pub(super) struct Exported {
     tree: Arc<DiskTree>,
     device: Arc<dyn BlockDevice>,
     attached: Option<LoopDevice>,
+    /// The node of the partition that was named.
+    chosen: Option<PathBuf>,
+    /// Of a branch.
+    using: Option<BranchUse>,
 }
 
 impl Exported {
@@ -32,6 +41,7 @@ impl Exported {
         id: u64,
         tree: Arc<DiskTree>,
         device: Arc<dyn BlockDevice>,
+        using: Option<BranchUse>,
         fuse_root: &Path,
     ) -> Result<Self, ApiError> {
         let geometry = device.geometry();
@@ -41,6 +51,8 @@ impl Exported {
             tree,
             device,
             attached: None,
+            chosen: None,
+            using,
         };
         let options = LoopOptions {
             is_read_only: geometry.is_read_only,
@@ -72,74 +84,93 @@ impl Exported {
             .unwrap_or_default()
     }
 
-    /// Mounts the file system that is on the device, or in its only mountable partition.
-    pub(super) fn mount(&self, directory: &Path) -> Result<Mounted, ApiError> {
-        let found = probe::device(&*self.device).map_err(|error| export_error(&error))?;
-        if !found.kind.is_partition_table() {
-            let path = self.path();
-            mount_filesystem(&path, directory, found.kind, self.is_read_only())
-                .map_err(|error| export_error(&error))?;
-            return Ok(Mounted {
-                kind: found.kind,
-                notes: Vec::new(),
-            });
-        }
-        let (partition, kind, notes) = self.only_filesystem(&found)?;
-        let nodes = self.add_partition(&partition)?;
-        mount_filesystem(&nodes, directory, kind, self.is_read_only())
+    /// The device node that its user wants: that of a partition, when one was named.
+    pub(super) fn node(&self) -> PathBuf {
+        self.chosen.clone().unwrap_or_else(|| self.path())
+    }
+
+    /// Mounts the file system that is on the device, or in one of its partitions.
+    pub(super) fn mount(
+        &mut self,
+        directory: &Path,
+        options: &MountOptions,
+    ) -> Result<Mounted, ApiError> {
+        let Chosen {
+            partition,
+            kind,
+            mut notes,
+        } = choose::choose(&*self.device, options.partition)?;
+        let node = match &partition {
+            Some(partition) => self.add_partition(partition)?,
+            None => self.path(),
+        };
+        let flags = MountFlags {
+            is_read_only: options.is_read_only,
+            is_device_read_only: self.device.geometry().is_read_only,
+            allow_suid: options.allow_suid,
+            allow_dev: options.allow_dev,
+            allow_exec: options.allow_exec,
+        };
+        let mounted = mount_filesystem(&node, directory, kind, flags)
             .map_err(|error| export_error(&error))?;
+        if mounted == MountedAs::NewIdentity {
+            notes.push(
+                "this kernel mounts no two file systems with one identity, so that this one was \
+                 given another"
+                    .to_owned(),
+            );
+        }
         Ok(Mounted { kind, notes })
     }
 
-    fn is_read_only(&self) -> bool {
-        self.device.geometry().is_read_only
+    /// Makes device nodes of partitions: of the one that was named, or of all but the members of
+    /// LVM and md, which this machine might take up by itself.
+    pub(super) fn show_partitions(&mut self, wanted: Option<u32>) -> Result<Vec<String>, ApiError> {
+        let found = match probe::device(&*self.device) {
+            Ok(found) => found,
+            // The device is there all the same.
+            Err(error) if wanted.is_none() => return Ok(vec![error.to_string()]),
+            Err(error) => return Err(export_error(&error)),
+        };
+        if !found.kind.is_partition_table() && wanted.is_none() {
+            return Ok(Vec::new());
+        }
+        let all = choose::held(&*self.device, &found);
+        let mut notes = choose::describe(&all);
+        if let Some(number) = wanted {
+            let held = choose::numbered(all, number, found.kind)?;
+            self.chosen = Some(self.add_partition(&held.partition)?);
+            return Ok(notes);
+        }
+        notes.extend(
+            all.iter()
+                .map(choose::Held::advice)
+                .filter(|line| !line.is_empty()),
+        );
+        let shown = all.into_iter().filter(|held| !held.is_member());
+        let partitions: Vec<Partition> = shown.map(|held| held.partition).collect();
+        match self.add_partitions(&partitions) {
+            Ok(_) => {}
+            // The whole device is of use without them.
+            Err(error) => notes.push(format!("no device nodes of partitions: {error}")),
+        }
+        Ok(notes)
+    }
+
+    fn add_partitions(&self, partitions: &[Partition]) -> Result<Vec<PathBuf>, ApiError> {
+        let missing = || api_error(ErrorClass::Operator, "the device is gone", "");
+        let attached = self.attached.as_ref().ok_or_else(missing)?;
+        attached
+            .add_partitions(partitions)
+            .map_err(|error| export_error(&error))
     }
 
     fn add_partition(&self, partition: &Partition) -> Result<PathBuf, ApiError> {
-        let missing = || api_error(ErrorClass::Operator, "the partition has no device node", "");
-        let attached = self.attached.as_ref().ok_or_else(missing)?;
-        let nodes = attached
-            .add_partitions(std::slice::from_ref(partition))
-            .map_err(|error| export_error(&error))?;
-        nodes.into_iter().next().ok_or_else(missing)
-    }
-
-    /// Finds the one partition with a file system; otherwise says what there is.
-    fn only_filesystem(&self, found: &Found) -> Result<(Partition, FsKind, Vec<String>), ApiError> {
-        let mut mountable = Vec::new();
-        let mut described = Vec::new();
-        for partition in &found.partitions {
-            let kind = probe::partition(&*self.device, partition)
-                .map_or(FsKind::Unknown, |found| found.kind);
-            described.push(format!(
-                "partition {} holds {kind} ({} MiB)",
-                partition.number,
-                partition.size_bytes >> 20
-            ));
-            if kind.is_filesystem() {
-                mountable.push((partition.clone(), kind));
-            }
-        }
-        let count = mountable.len();
-        match mountable.pop() {
-            Some((partition, kind)) if count == 1 => {
-                described.push(format!("partition {} is mounted", partition.number));
-                Ok((partition, kind, described))
-            }
-            _ => Err(api_error(
-                ErrorClass::Refused,
-                format!(
-                    "the disk has {}, and {count} of its partitions can be mounted: {}",
-                    found.kind,
-                    if described.is_empty() {
-                        "none".to_owned()
-                    } else {
-                        described.join(", ")
-                    }
-                ),
-                "take the device with --device, and mount the partition that you want",
-            )),
-        }
+        let nodes = self.add_partitions(std::slice::from_ref(partition))?;
+        nodes
+            .into_iter()
+            .next()
+            .ok_or_else(|| api_error(ErrorClass::Operator, "the partition has no device node", ""))
     }
 
     /// Detaches the loop device. On an error it is there as before.
@@ -159,6 +190,8 @@ impl Drop for Exported {
         // The loop device first: it holds the file open.
         drop(self.attached.take());
         self.tree.remove_mount(self.id);
+        // Last: nothing is written any more, and what was written becomes durable.
+        drop(self.using.take());
     }
 }
 

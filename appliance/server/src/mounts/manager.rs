@@ -11,11 +11,14 @@ use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::server::{CreateMount, Mount};
 use parking_lot::Mutex;
 
+use super::branches::{BranchUse, Branches, named};
 use super::build::{Exported, unmount_directory};
 use super::directory::{MountDirectory, export_error};
 use super::overlay;
+use super::promotion::Promotions;
 use super::tree::DiskTree;
 use crate::appliance::api_error;
+use crate::catalogue::Catalogue;
 use crate::config;
 use crate::engine::{Command, EngineHandle, ViewRequest};
 
@@ -55,7 +58,7 @@ struct Table {
 
 /// The mounts of this daemon.
 pub struct Mounts {
-    engine: EngineHandle,
+    pub(super) engine: EngineHandle,
     clock: Arc<dyn Clock>,
     places: MountPlaces,
     config: config::Mounts,
@@ -63,6 +66,8 @@ pub struct Mounts {
     tree: Arc<DiskTree>,
     fuse: Mutex<Option<FuseMount>>,
     table: Mutex<Table>,
+    pub(super) branches: Arc<Branches>,
+    pub(super) promotions: Promotions,
 }
 
 /// A device to be shown.
@@ -71,6 +76,7 @@ struct Source {
     history: HistoryId,
     lsn: Lsn,
     resolved_to_batch_begin: bool,
+    branch: Option<(String, BranchUse)>,
 }
 
 impl Mounts {
@@ -80,15 +86,23 @@ impl Mounts {
     /// What keeps the tree from being mounted.
     pub fn start(
         engine: EngineHandle,
+        catalogue: Catalogue,
         clock: Arc<dyn Clock>,
         places: MountPlaces,
         config: config::Mounts,
         backend: Backend,
     ) -> Result<Self, ApiError> {
         clean(&places)?;
-        let tree = Arc::new(DiskTree::new(engine.clone(), Arc::clone(&clock)));
+        let branches = Branches::load(engine.clone(), catalogue, Arc::clone(&clock))?;
+        let promotions = Promotions::new(engine.clone(), Arc::clone(&branches));
+        let tree = Arc::new(DiskTree::new(
+            engine.clone(),
+            Arc::clone(&clock),
+            Arc::clone(&branches),
+        ));
         let options = FuseOptions {
             event_threads: config.event_threads,
+            io_uring: config.io_uring,
             max_background: config.max_background,
             ..FuseOptions::default()
         };
@@ -104,6 +118,8 @@ impl Mounts {
             tree,
             fuse: Mutex::new(Some(fuse)),
             table: Mutex::default(),
+            branches,
+            promotions,
         })
     }
 
@@ -170,15 +186,18 @@ impl Mounts {
         let source = self.open(id, request)?;
         let fuse_root = self.places.fuse();
         let tree = Arc::clone(&self.tree);
-        let exported = Exported::attach(id, tree, source.device, &fuse_root)?;
+        let (branch_name, using) = source.branch.unzip();
+        let is_branch = branch_name.is_some();
+        let mut exported = Exported::attach(id, tree, source.device, using, &fuse_root)?;
         let device_ms = self.ms_since(begun);
-        let (mut filesystem, mut notes) = (None, Vec::new());
-        if let Some(directory) = &directory {
-            let mounted = exported.mount(directory.path())?;
-            filesystem = Some(mounted.kind.to_string());
-            notes = mounted.notes;
-        }
-        if request.device_only && !request.is_branch {
+        let (filesystem, mut notes) = match &directory {
+            Some(directory) => {
+                let mounted = exported.mount(directory.path(), &request.options)?;
+                (Some(mounted.kind.to_string()), mounted.notes)
+            }
+            None => (None, exported.show_partitions(request.options.partition)?),
+        };
+        if request.device_only && !is_branch {
             notes.push(
                 "the device may be written: what is written goes into a private copy and is lost \
                  with the mount"
@@ -191,13 +210,14 @@ impl Mounts {
             history: source.history,
             lsn: source.lsn,
             resolved_to_batch_begin: source.resolved_to_batch_begin,
-            device: exported.path().display().to_string(),
+            device: exported.node().display().to_string(),
             directory: directory
                 .as_ref()
                 .map(|found| found.path().display().to_string()),
             filesystem,
             notes,
-            is_branch: request.is_branch,
+            is_branch,
+            branch_name,
             device_ms,
             total_ms: self.ms_since(begun),
         };
@@ -214,17 +234,21 @@ impl Mounts {
             reference,
             allow_incomplete: request.allow_incomplete,
         };
-        if request.is_branch {
-            let branch = self
-                .engine
-                .ask_blocking(|reply| Command::Fork(wanted, reply))??;
-            return Ok(Source {
-                device: branch.device,
-                history: branch.history,
-                lsn: branch.lsn,
-                resolved_to_batch_begin: branch.resolved_to_batch_begin,
-            });
-        }
+        let still = match request.options.is_read_only {
+            true => self.branches.still(&wanted.reference)?,
+            false => None,
+        };
+        let wanted = match still {
+            // Whoever only looks at a branch replays no journal into it.
+            Some(reference) => ViewRequest {
+                reference,
+                ..wanted
+            },
+            None => match self.open_branch(wanted.clone(), request)? {
+                Some(source) => return Ok(source),
+                None => wanted,
+            },
+        };
         let view = self
             .engine
             .ask_blocking(|reply| Command::OpenView(wanted, reply))??;
@@ -234,7 +258,37 @@ impl Mounts {
             history: view.history,
             lsn: view.lsn,
             resolved_to_batch_begin: view.resolved_to_batch_begin,
+            branch: None,
         })
+    }
+
+    /// Opens the branch that is named, or forks the one that is wanted.
+    fn open_branch(
+        &self,
+        wanted: ViewRequest,
+        request: &CreateMount,
+    ) -> Result<Option<Source>, ApiError> {
+        let options = &request.options;
+        let (row, using, resolved_to_batch_begin) = if named(&request.reference).is_some() {
+            let history = self.branches.find(&request.reference)?;
+            (
+                self.branches.row(history)?,
+                self.branches.acquire(history)?,
+                false,
+            )
+        } else if request.is_branch {
+            let name = options.branch_name.as_deref();
+            self.branches.create(wanted, name, options.quota_bytes)?
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(Source {
+            device: using.device(),
+            history: row.history,
+            lsn: row.lsn,
+            resolved_to_batch_begin,
+            branch: Some((row.name, using)),
+        }))
     }
 
     fn ms_since(&self, begun: Monotonic) -> u64 {
@@ -274,8 +328,7 @@ impl Mounts {
         let (history, is_branch) = (active.shown.history, active.shown.is_branch);
         self.take_down(id, active)?;
         if drop_branch && is_branch {
-            self.engine
-                .ask_blocking(|reply| Command::DropBranch(history, reply))??;
+            self.drop_branch(history)?;
         }
         Ok(())
     }
@@ -321,6 +374,7 @@ impl Mounts {
     /// Ends all mounts and the tree. What somebody uses is detached nevertheless.
     pub fn stop(&self) {
         self.table.lock().is_closed = true;
+        self.promotions.stop_all();
         for mount in self.list() {
             if let Err(error) = self.remove(mount.id, false) {
                 tracing::warn!(id = mount.id, %error, "a mount is in use; it is detached");

@@ -8,15 +8,22 @@
 //!   taken down again.
 //! * At most `mounts.mounts_max` mounts exist, those being made included.
 
+mod branches;
 mod build;
+mod choose;
 mod directory;
+mod forks;
+mod lend;
 mod manager;
 mod nodes;
 mod overlay;
+mod promotion;
 mod status_cache;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod views;
 
+pub use lend::LentBranch;
 pub use manager::{MountPlaces, Mounts};
+pub(crate) use views::INCOMPLETE as INCOMPLETE_KIND;

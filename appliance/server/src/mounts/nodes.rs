@@ -2,9 +2,9 @@
 //!
 //! Invariants
 //! * A number means the same for as long as the daemon runs.
-//! * What is remembered is bounded by the disks of the store and by what the kernel itself
-//!   remembers: points are numbers already, and only names below `at` are kept until the kernel
-//!   forgets them.
+//! * What is remembered is bounded by the disks and branches of the store and by what the kernel
+//!   itself remembers: points are numbers already, and only names below `at` are kept until the
+//!   kernel forgets them.
 
 use std::collections::HashMap;
 
@@ -28,6 +28,8 @@ pub(super) enum Place {
     Moment(Moment),
     Mounts,
     Mount(u64),
+    Branches(MachineId, DiskId),
+    Branch(HistoryId),
 }
 
 /// A state that was named by a time or an LSN, and found.
@@ -46,6 +48,7 @@ pub(super) struct Moment {
 pub(super) struct Nodes {
     machines: Register<MachineId>,
     disks: Register<(MachineId, DiskId)>,
+    branches: Register<HistoryId>,
     moments: HashMap<u64, Moment>,
     moment_numbers: HashMap<Moment, u64>,
     moment_next: u64,
@@ -103,6 +106,8 @@ impl Nodes {
             Place::Moment(moment) => pack(6, self.moment(*moment)),
             Place::Mounts => pack(7, 0),
             Place::Mount(id) => pack(8, *id),
+            Place::Branches(machine, disk) => pack(9, self.disks.number((*machine, *disk))?),
+            Place::Branch(history) => pack(10, self.branches.number(*history)?),
         })
     }
 
@@ -135,6 +140,8 @@ impl Nodes {
             6 => Place::Moment(*self.moments.get(&number)?),
             7 => Place::Mounts,
             8 => Place::Mount(number),
+            9 => disk().map(|(machine, disk)| Place::Branches(machine, disk))?,
+            10 => Place::Branch(self.branches.get(number)?),
             _ => return None,
         })
     }
@@ -175,6 +182,8 @@ mod tests {
             Place::Moment(moment),
             Place::Mounts,
             Place::Mount(5),
+            Place::Branches(machine, disk),
+            Place::Branch(HistoryId([4; 16])),
         ];
         for place in places {
             let id = nodes.id(&place).unwrap();
@@ -188,6 +197,6 @@ mod tests {
             nodes.id(&Place::Point(machine, disk, PointId(POINT_MAX + 1))),
             None
         );
-        assert_eq!(nodes.place(NodeId(9 << KIND_SHIFT)), None);
+        assert_eq!(nodes.place(NodeId(11 << KIND_SHIFT)), None);
     }
 }

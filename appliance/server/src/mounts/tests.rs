@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command as Program;
 
-use afterimage_blockdev::{ErrorClass, Lsn};
-use afterimage_protocol::rest::server::CreateMount;
+use afterimage_blockdev::{ErrorClass, Lsn, Timestamp};
+use afterimage_protocol::rest::server::{CreateMount, MountOptions};
 
 use crate::testing::{BRANCH, Fixture, filled, machine, point, read_only};
 
@@ -41,6 +41,7 @@ fn want() -> CreateMount {
         device_only: false,
         is_branch: false,
         allow_incomplete: false,
+        options: MountOptions::default(),
     }
 }
 
@@ -113,12 +114,11 @@ async fn a_branch_is_written_and_can_be_dropped() {
     tokio::task::block_in_place(|| {
         let (fixture, directory) = fixture();
         let branch = filled(&ext4(&directory));
-        fixture
-            .engine
-            .knows
-            .lock()
-            .branches
-            .insert(REFERENCE.to_owned(), branch);
+        {
+            let mut knows = fixture.engine.knows.lock();
+            knows.machines = vec![machine(Lsn(77), Timestamp(0))];
+            knows.branches.insert(REFERENCE.to_owned(), branch);
+        }
         let wanted = CreateMount {
             is_branch: true,
             ..want()
@@ -128,7 +128,16 @@ async fn a_branch_is_written_and_can_be_dropped() {
         let place = PathBuf::from(mount.directory.clone().unwrap());
         fs::write(place.join("file"), "kept").unwrap();
         mounts.remove(mount.id, false).unwrap();
-        let mount = mounts.create(&wanted).unwrap();
+        let name = mount.branch_name.unwrap();
+        let listed = mounts.branches().unwrap();
+        assert_eq!((&listed[0].name, listed[0].users), (&name, 0));
+        let again = CreateMount {
+            reference: format!("web/data@branch:{name}"),
+            ..want()
+        };
+        let mount = mounts.create(&again).unwrap();
+        let error = mounts.drop_branch(BRANCH).unwrap_err();
+        assert!(error.message.contains("in use"), "{error}");
         assert_eq!(mount.history, BRANCH);
         assert_eq!(
             fs::read_to_string(place.parent().unwrap().join(format!("{}/file", mount.id))).unwrap(),
@@ -280,10 +289,7 @@ async fn points_and_moments_are_files() {
     tokio::task::block_in_place(|| {
         let (fixture, directory) = fixture();
         let content = vec![7; 1 << 20];
-        let (web, data) = (
-            machine(Lsn(99), afterimage_blockdev::Timestamp(5)),
-            read_only(&content),
-        );
+        let (web, data) = (machine(Lsn(99), Timestamp(5)), read_only(&content));
         let (id, disk) = (web.machine, web.disks[0].disk);
         {
             let mut knows = fixture.engine.knows.lock();
@@ -312,7 +318,7 @@ async fn points_and_moments_are_files() {
         };
         assert_eq!(names(""), ["web"]);
         assert_eq!(names("web"), ["data"]);
-        assert_eq!(names("web/data"), ["at", "points"]);
+        assert_eq!(names("web/data"), ["at", "branches", "points"]);
         assert_eq!(names("web/data/points"), ["one.img", "two.img"]);
         assert!(names("web/data/at").is_empty());
         for file in [
@@ -338,6 +344,47 @@ async fn points_and_moments_are_files() {
             assert!(!root.join("web/data").join(missing).exists(), "{missing}");
         }
         assert!(!root.join("nobody").exists());
+    });
+}
+
+/// Resident memory of this process, in bytes.
+fn resident_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_thousand_points_are_listed_page_by_page() {
+    const COUNT: u64 = 100_000;
+    tokio::task::block_in_place(|| {
+        let (fixture, directory) = fixture();
+        {
+            let mut knows = fixture.engine.knows.lock();
+            knows.machines = vec![machine(Lsn(99), Timestamp(5))];
+            knows.points = (1..=COUNT)
+                .map(|id| point(id, &format!("point-{id:06}")))
+                .collect();
+            knows.point_bytes = Some(7 << 30);
+        }
+        let points = directory.join("mounts/fuse/web/data/points");
+        let before = resident_bytes();
+        let begun = std::time::Instant::now();
+        let mut count = 0;
+        for (number, entry) in (1..).zip(fs::read_dir(&points).unwrap()) {
+            let name = entry.unwrap().file_name();
+            assert_eq!(name.to_str(), Some(&*format!("point-{number:06}.img")));
+            count += 1;
+        }
+        assert_eq!(count, COUNT);
+        let took = begun.elapsed();
+        let grown = resident_bytes().saturating_sub(before);
+        println!("{COUNT} points listed in {took:?}, {grown} bytes more in use");
+        assert!(took < std::time::Duration::from_secs(20), "{took:?}");
+        assert!(grown < 64 << 20, "{grown}");
+        // The last one is found by its name, without a walk.
+        let file = points.join(format!("point-{COUNT:06}.img"));
+        assert_eq!(fs::metadata(file).unwrap().len(), 7 << 30);
     });
 }
 

@@ -1,5 +1,6 @@
 //! The tree of files: `<machine>/<disk>/points/<name>.img`, `.../at/<time>.img`,
-//! `.../at/lsn-<N>.img`, and `.mounts/<id>.img` for the mounts of this daemon.
+//! `.../at/lsn-<N>.img`, `.../branches/<name>.img`, and `.mounts/<id>.img` for the mounts of this
+//! daemon.
 //!
 //! All of it is resolved by the engine when it is asked for. Directories below `at` list nothing:
 //! every time and every LSN of the window is there.
@@ -8,39 +9,47 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
-use afterimage_blockdev::{BlockDevice, Clock, DiskId, MachineId, PointId, Timestamp};
+use afterimage_blockdev::{BlockDevice, Clock, DiskId, HistoryId, MachineId, PointId, Timestamp};
 use afterimage_export::{ListedNode, Node, NodeId, NodeKind, Tree, TreeError};
-use afterimage_protocol::rest::server::Point;
+use afterimage_protocol::rest::ApiError;
 use parking_lot::Mutex;
 
+use super::branches::{BranchUse, Branches};
 use super::nodes::{Moment, Nodes, Place};
 use super::status_cache::{self, StatusCache};
-use super::views::{Views, gone, is_shown};
-use crate::engine::{EngineHandle, EngineStatus};
+use super::views::{PointHere, Views, gone, refused};
+use crate::catalogue::BranchRow;
+use crate::engine::{EngineHandle, EngineStatus, HistorySummary};
 
 /// Directory of the files behind mounts; hidden, since they are nobody else's.
 pub(super) const MOUNTS_NAME: &str = ".mounts";
 const SUFFIX: &str = ".img";
-/// Sizes of points that are remembered; all are dropped when there are more.
-const SIZES_MAX: usize = 64 * 1024;
+/// Points that are asked for at once: about as many as an answer to the kernel holds.
+const POINTS_PAGE: usize = 128;
 
 pub(super) struct DiskTree {
     views: Views,
     status: StatusCache,
     nodes: Mutex<Nodes>,
     mounts: Mutex<HashMap<u64, Arc<dyn BlockDevice>>>,
-    /// Sizes of a disk at points. They never change: a point is one cut for ever.
-    sizes: Mutex<HashMap<(DiskId, PointId), u64>>,
+    branches: Arc<Branches>,
+    /// Uses of branches by open files of the tree.
+    open: Mutex<HashMap<HistoryId, Vec<BranchUse>>>,
 }
 
 impl DiskTree {
-    pub(super) fn new(engine: EngineHandle, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(
+        engine: EngineHandle,
+        clock: Arc<dyn Clock>,
+        branches: Arc<Branches>,
+    ) -> Self {
         Self {
             status: StatusCache::new(engine.clone(), clock),
             views: Views::new(engine),
             nodes: Mutex::default(),
             mounts: Mutex::default(),
-            sizes: Mutex::default(),
+            branches,
+            open: Mutex::default(),
         }
     }
 
@@ -101,29 +110,26 @@ impl DiskTree {
         &self,
         machine: MachineId,
         disk: DiskId,
-        point: &Point,
+        here: &PointHere,
     ) -> Result<Node, TreeError> {
-        let known = self.sizes.lock().get(&(disk, point.id)).copied();
-        let size_bytes = match known {
-            Some(size_bytes) => size_bytes,
-            None => {
-                let view = self
-                    .views
-                    .view_at(machine, disk, point.history, point.lsn)?;
-                let size_bytes = view.device.geometry().size_bytes;
-                let mut sizes = self.sizes.lock();
-                if sizes.len() >= SIZES_MAX {
-                    sizes.clear();
-                }
-                sizes.insert((disk, point.id), size_bytes);
-                size_bytes
-            }
+        let place = Place::Point(machine, disk, here.point.id);
+        self.read_only(&place, here.size_bytes, here.point.time)
+    }
+
+    fn branch_node(&self, row: &BranchRow) -> Result<Node, TreeError> {
+        let kind = NodeKind::File {
+            size_bytes: row.size_bytes,
+            is_read_only: false,
         };
-        self.read_only(
-            &Place::Point(machine, disk, point.id),
-            size_bytes,
-            point.time,
-        )
+        let written = self.history(row.history)?.map(|known| known.durable_time);
+        let modified = written.unwrap_or_default().max(row.created);
+        self.node_of(&Place::Branch(row.history), kind, modified)
+    }
+
+    fn history(&self, history: HistoryId) -> Result<Option<HistorySummary>, TreeError> {
+        let status = self.status.get().map_err(gone)?;
+        let mut all = status.machines.iter().flat_map(|known| &known.histories);
+        Ok(all.find(|known| known.history == history).cloned())
     }
 
     fn moment(&self, machine: MachineId, disk: DiskId, name: &str) -> Result<Node, TreeError> {
@@ -172,17 +178,24 @@ impl DiskTree {
                 let place = match name {
                     "points" => Place::Points(*machine, *disk),
                     "at" => Place::At(*machine, *disk),
+                    "branches" => Place::Branches(*machine, *disk),
                     _ => return Err(TreeError::NotFound),
                 };
                 self.place_node(&place)
             }
             Place::Points(machine, disk) => {
-                let point = self.views.point_named(*machine, stem(name)?)?;
-                self.point_node(*machine, *disk, &point)
+                let here = self.views.point_named(*machine, *disk, stem(name)?)?;
+                self.point_node(*machine, *disk, &here)
             }
             Place::At(machine, disk) => self.moment(*machine, *disk, stem(name)?),
+            Place::Branches(machine, disk) => {
+                let found = self.branches.lookup(*machine, *disk, stem(name)?);
+                self.place_node(&Place::Branch(found.ok_or(TreeError::NotFound)?))
+            }
             Place::Mounts => self.mount_node(stem(name)?.parse().map_err(|_| TreeError::NotFound)?),
-            Place::Point(..) | Place::Moment(_) | Place::Mount(_) => Err(TreeError::NotADirectory),
+            Place::Point(..) | Place::Moment(_) | Place::Mount(_) | Place::Branch(_) => {
+                Err(TreeError::NotADirectory)
+            }
         }
     }
 
@@ -195,15 +208,20 @@ impl DiskTree {
             }
             Place::Disk(machine, disk)
             | Place::Points(machine, disk)
-            | Place::At(machine, disk) => {
+            | Place::At(machine, disk)
+            | Place::Branches(machine, disk) => {
                 let status = self.status.get().map_err(gone)?;
                 let found = status_cache::disk(&status, *machine, *disk);
                 let (machine, _) = found.ok_or(TreeError::NotFound)?;
                 self.directory(place, newest(machine))
             }
             Place::Point(machine, disk, point) => {
-                let point = self.views.point(*machine, *point)?;
-                self.point_node(*machine, *disk, &point)
+                let here = self.views.point(*machine, *disk, *point)?;
+                self.point_node(*machine, *disk, &here)
+            }
+            Place::Branch(history) => {
+                let row = self.branches.row(*history).map_err(no_branch)?;
+                self.branch_node(&row)
             }
             Place::Moment(moment) => self.read_only(place, moment.size_bytes, moment.time),
             Place::Mount(id) => self.mount_node(*id),
@@ -223,25 +241,21 @@ impl DiskTree {
     ) -> Result<Vec<ListedNode>, TreeError> {
         let mut after = PointId(after);
         loop {
-            let page = self.views.points(machine, after, limit)?;
-            let Some(last) = page.last() else {
-                return Ok(Vec::new());
-            };
-            after = last.id;
+            // A disk that is younger than a point has no state there, so that a page may be empty.
+            let (page, last) = self
+                .views
+                .points(machine, disk, after, limit.min(POINTS_PAGE))?;
             let mut listed = Vec::with_capacity(page.len());
-            for point in page.iter().filter(|point| is_shown(point)) {
-                // A disk that is younger than the point has no state there.
-                if let Ok(node) = self.point_node(machine, disk, point) {
-                    let name = OsString::from(format!("{}{SUFFIX}", point.name));
-                    listed.push(ListedNode {
-                        name,
-                        node,
-                        cursor: point.id.0,
-                    });
-                }
+            for here in &page {
+                listed.push(ListedNode {
+                    name: OsString::from(format!("{}{SUFFIX}", here.point.name)),
+                    node: self.point_node(machine, disk, here)?,
+                    cursor: here.point.id.0,
+                });
             }
-            if !listed.is_empty() {
-                return Ok(listed);
+            match last {
+                Some(last) if listed.is_empty() && last > after => after = last,
+                _ => return Ok(listed),
             }
         }
     }
@@ -271,6 +285,10 @@ impl DiskTree {
                     self.place_node(&Place::At(*machine, *disk))?,
                 ),
                 (
+                    "branches".to_owned(),
+                    self.place_node(&Place::Branches(*machine, *disk))?,
+                ),
+                (
                     "points".to_owned(),
                     self.place_node(&Place::Points(*machine, *disk))?,
                 ),
@@ -283,8 +301,17 @@ impl DiskTree {
                     .filter_map(|id| Some((format!("{id}{SUFFIX}"), self.mount_node(id).ok()?)));
                 nodes.collect()
             }
+            Place::Branches(machine, disk) => {
+                let mut rows = self.branches.of_disk(*machine, *disk);
+                rows.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+                let nodes = rows.iter().filter_map(|row| {
+                    // One that is just being dropped is not shown.
+                    Some((format!("{}{SUFFIX}", row.name), self.branch_node(row).ok()?))
+                });
+                nodes.collect()
+            }
             Place::At(..) | Place::Points(..) => Vec::new(),
-            Place::Point(..) | Place::Moment(_) | Place::Mount(_) => {
+            Place::Point(..) | Place::Moment(_) | Place::Mount(_) | Place::Branch(_) => {
                 return Err(TreeError::NotADirectory);
             }
         })
@@ -339,11 +366,17 @@ impl Tree for DiskTree {
             }
             Place::Point(..) | Place::Moment(_) if want_write => Err(TreeError::ReadOnly),
             Place::Point(machine, disk, point) => {
-                let point = self.views.point(machine, point)?;
+                let point = self.views.point(machine, disk, point)?.point;
                 Ok(self
                     .views
                     .view_at(machine, disk, point.history, point.lsn)?
                     .device)
+            }
+            Place::Branch(history) => {
+                let using = self.branches.acquire(history).map_err(no_branch)?;
+                let device = using.device();
+                self.open.lock().entry(history).or_default().push(using);
+                Ok(device)
             }
             Place::Moment(moment) => {
                 let Moment {
@@ -359,25 +392,52 @@ impl Tree for DiskTree {
         }
     }
 
-    fn close(&self, _file: NodeId, device: Arc<dyn BlockDevice>) {
+    fn close(&self, file: NodeId, device: Arc<dyn BlockDevice>) {
         drop(device);
+        if let Ok(Place::Branch(history)) = self.place(file) {
+            let mut open = self.open.lock();
+            let using = open.get_mut(&history).and_then(Vec::pop);
+            if open.get(&history).is_some_and(Vec::is_empty) {
+                open.remove(&history);
+            }
+            drop(open);
+            // The last one waits until all is durable; nothing is locked meanwhile.
+            drop(using);
+        }
     }
 
     fn attributes(&self, id: NodeId) -> Vec<(String, Vec<u8>)> {
         let named = |name: &str, value: String| (name.to_owned(), value.into_bytes());
-        let (history, lsn, kind) = match self.place(id) {
-            Ok(Place::Point(machine, _, point)) => match self.views.point(machine, point) {
-                Ok(point) => (point.history, point.lsn, Some(point.kind)),
-                Err(_) => return Vec::new(),
-            },
-            Ok(Place::Moment(moment)) => (moment.history, moment.lsn, None),
-            _ => return Vec::new(),
+        let place = self.place(id);
+        let found = place.and_then(|place| match place {
+            Place::Point(machine, disk, point) => {
+                let here = self.views.point(machine, disk, point)?;
+                let (point, epoch) = (here.point, Some(here.epoch));
+                Ok((point.history, point.lsn, Some(point.kind), epoch))
+            }
+            Place::Moment(moment) => {
+                let epoch = self.history(moment.history)?.map(|known| known.epoch);
+                let kind = Some("moment".to_owned());
+                Ok((moment.history, moment.lsn, kind, epoch))
+            }
+            Place::Branch(history) => {
+                let known = self.history(history)?.ok_or(TreeError::NotFound)?;
+                let kind = Some("branch".to_owned());
+                // Of now: what the status says may be half a second old.
+                let durable = self.branches.durable(history).map_err(no_branch)?;
+                Ok((history, durable, kind, Some(known.epoch)))
+            }
+            _ => Err(TreeError::NotFound),
+        });
+        let Ok((history, lsn, kind, epoch)) = found else {
+            return Vec::new();
         };
         let mut attributes = vec![
             named("history", history.to_string()),
             named("lsn", lsn.to_string()),
         ];
         attributes.extend(kind.map(|kind| named("kind", kind)));
+        attributes.extend(epoch.map(|epoch| named("epoch", epoch.to_string())));
         attributes
     }
 
@@ -400,6 +460,10 @@ fn newest(machine: &crate::engine::MachineSummary) -> Timestamp {
         .map(|history| history.durable_time)
         .max()
         .unwrap_or_default()
+}
+
+fn no_branch(error: ApiError) -> TreeError {
+    refused(&error)
 }
 
 fn stem(name: &str) -> Result<&str, TreeError> {

@@ -1,15 +1,22 @@
 //! What the tree asks of the engine. All of it waits for the answer.
 
-use afterimage_blockdev::{DiskId, ErrorClass, HistoryId, Lsn, MachineId, PointId};
+use afterimage_blockdev::{DiskId, Epoch, ErrorClass, HistoryId, Lsn, MachineId, PointId};
 use afterimage_export::TreeError;
 use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::server::Point;
 
-use crate::engine::{Command, EngineGone, EngineHandle, ViewOpened, ViewRequest};
+use crate::engine::{Command, EngineGone, EngineHandle, PointsWanted, ViewOpened, ViewRequest};
 
-/// Points asked of the engine at once when one is looked for by name.
-const SEARCH_PAGE: usize = 1000;
-const INCOMPLETE: &str = "resync-incomplete";
+/// Kind of a point inside an unfinished copy.
+pub(crate) const INCOMPLETE: &str = "resync-incomplete";
+
+/// A point, and what of a disk is there.
+pub(super) struct PointHere {
+    pub(super) point: Point,
+    /// Epoch of the newest writer of its history.
+    pub(super) epoch: Epoch,
+    pub(super) size_bytes: u64,
+}
 
 pub(super) struct Views {
     engine: EngineHandle,
@@ -47,58 +54,69 @@ impl Views {
         self.view(machine, disk, &format!("{history}:lsn:{lsn}"))
     }
 
+    /// Points after one, and the last one that was looked at; none at the end.
     pub(super) fn points(
         &self,
         machine: MachineId,
+        disk: DiskId,
         after: PointId,
         limit: usize,
-    ) -> Result<Vec<Point>, TreeError> {
-        let machine = machine.to_string();
-        let page = self
+    ) -> Result<(Vec<PointHere>, Option<PointId>), TreeError> {
+        self.listing(machine, disk, PointsWanted::After(after, limit))
+    }
+
+    fn listing(
+        &self,
+        machine: MachineId,
+        disk: DiskId,
+        wanted: PointsWanted,
+    ) -> Result<(Vec<PointHere>, Option<PointId>), TreeError> {
+        let listing = self
             .engine
-            .ask_blocking(|reply| Command::ListPoints {
+            .ask_blocking(|reply| Command::PointStates {
                 machine,
-                after,
-                limit,
+                disk,
+                wanted,
                 reply,
             })
             .map_err(gone)?
             .map_err(|error| refused(&error))?;
-        Ok(page.points)
+        let here = |(point, epoch, size_bytes)| PointHere {
+            point,
+            epoch,
+            size_bytes,
+        };
+        let points = listing.points.into_iter().map(here);
+        let shown = points.filter(|here| is_shown(&here.point)).collect();
+        Ok((shown, listing.last))
     }
 
-    pub(super) fn point(&self, machine: MachineId, id: PointId) -> Result<Point, TreeError> {
+    pub(super) fn point(
+        &self,
+        machine: MachineId,
+        disk: DiskId,
+        id: PointId,
+    ) -> Result<PointHere, TreeError> {
         let after = PointId(id.0.saturating_sub(1));
-        let found = self.points(machine, after, 1)?.into_iter().next();
-        found
-            .filter(|point| point.id == id)
-            .ok_or(TreeError::NotFound)
+        let (found, _) = self.points(machine, disk, after, 1)?;
+        let found = found.into_iter().find(|here| here.point.id == id);
+        found.ok_or(TreeError::NotFound)
     }
 
-    pub(super) fn point_named(&self, machine: MachineId, name: &str) -> Result<Point, TreeError> {
-        let mut after = PointId(0);
-        loop {
-            let page = self.points(machine, after, SEARCH_PAGE)?;
-            let Some(last) = page.last() else {
-                return Err(TreeError::NotFound);
-            };
-            if last.id <= after {
-                return Err(TreeError::NotFound);
-            }
-            after = last.id;
-            if let Some(point) = page.into_iter().find(|point| point.name == name) {
-                return if is_shown(&point) {
-                    Ok(point)
-                } else {
-                    Err(TreeError::NotFound)
-                };
-            }
-        }
+    pub(super) fn point_named(
+        &self,
+        machine: MachineId,
+        disk: DiskId,
+        name: &str,
+    ) -> Result<PointHere, TreeError> {
+        let wanted = PointsWanted::Named(name.to_owned());
+        let (found, _) = self.listing(machine, disk, wanted)?;
+        found.into_iter().next().ok_or(TreeError::NotFound)
     }
 }
 
 /// A point that is no state of the source is opened only by explicit order, never from here.
-pub(super) fn is_shown(point: &Point) -> bool {
+fn is_shown(point: &Point) -> bool {
     point.kind != INCOMPLETE && !point.name.contains('/') && !point.name.is_empty()
 }
 
@@ -109,7 +127,7 @@ pub(super) fn gone(error: EngineGone) -> TreeError {
     }
 }
 
-fn refused(error: &ApiError) -> TreeError {
+pub(super) fn refused(error: &ApiError) -> TreeError {
     match error.class {
         ErrorClass::Refused => TreeError::NotFound,
         ErrorClass::Retry => TreeError::Failed {

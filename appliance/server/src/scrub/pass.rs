@@ -144,6 +144,7 @@ fn name_of(file: StoreFile) -> FileName {
         StoreFile::Log(segment) => segment_file("log", segment),
         StoreFile::Seed(segment, generation) => seed_file(segment, generation),
         StoreFile::Run(run) => run_file(run),
+        StoreFile::Notes(notes) => notes.name(),
     }
 }
 

@@ -12,12 +12,15 @@ use afterimage_protocol::Refusal;
 use afterimage_protocol::rest::ApiError;
 use afterimage_protocol::rest::policy::MachinePolicy;
 use afterimage_protocol::rest::server::{AddressableRange, CollectReport, Point, VerifyReport};
+use afterimage_seed::Usage;
+use afterimage_seed::engine::SpaceInfo;
 use crossbeam::channel::bounded;
 use parking_lot::{Condvar, Mutex};
 
 use crate::engine::{
     BranchOpened, Command, DiskOpened, DiskSummary, EngineHandle, EngineStatus, HistorySummary,
-    MachineSummary, PointPage, StreamEvents, StreamKey, StreamOpened, ViewOpened,
+    MachineSummary, PointListing, PointPage, PointsWanted, SpaceFigures, StreamEvents, StreamKey,
+    StreamOpened, ViewOpened,
 };
 
 pub(crate) const TRUNK: HistoryId = HistoryId([2; 16]);
@@ -38,6 +41,8 @@ pub(crate) struct Told {
 pub(crate) struct Knows {
     pub(crate) machines: Vec<MachineSummary>,
     pub(crate) points: Vec<Point>,
+    /// Size of the disk at all points; without it, that of their views.
+    pub(crate) point_bytes: Option<u64>,
     /// Devices of references; all others are refused.
     pub(crate) views: HashMap<String, Arc<dyn BlockDevice>>,
     pub(crate) branches: HashMap<String, Arc<dyn BlockDevice>>,
@@ -105,6 +110,18 @@ impl FakeEngine {
         let mut knows = self.knows.lock();
         match command {
             Command::NoteTo(_) => {}
+            Command::Space(reply) => {
+                let _gone = reply.send(SpaceFigures {
+                    info: SpaceInfo::default(),
+                    free_bytes: 1 << 30,
+                });
+            }
+            Command::PointSpace { reply, .. } => {
+                let _gone = reply.send(Err(missing("account")));
+            }
+            Command::SetQuota { reply, .. } => {
+                let _gone = reply.send(Ok(()));
+            }
             Command::Open(request, reply) => {
                 let answer = match &knows.refuses_open {
                     Some(refusal) => Err(refusal.clone()),
@@ -212,6 +229,42 @@ impl FakeEngine {
                     .map(branch);
                 let _gone = reply.send(answer);
             }
+            Command::Reopen(request, reply) => {
+                let device = knows.branches.values().next().cloned();
+                let device = device.filter(|_| request.history == BRANCH);
+                let answer = device.ok_or_else(|| missing("branch")).map(branch);
+                let _gone = reply.send(answer);
+            }
+            Command::PointStates { wanted, reply, .. } => {
+                let all = knows.points.iter();
+                let found: Vec<&Point> = match &wanted {
+                    PointsWanted::After(after, limit) => {
+                        let rest = all.filter(|point| point.id > *after);
+                        rest.take(*limit).collect()
+                    }
+                    PointsWanted::Named(name) => {
+                        all.filter(|point| point.name == *name).take(1).collect()
+                    }
+                };
+                let last = found.last().map(|point| point.id);
+                let size = |point: &Point| {
+                    let view = knows.views.get(&format!(
+                        "{}/{}@{}:lsn:{}",
+                        MachineId([1; 16]),
+                        DiskId([5; 16]),
+                        point.history,
+                        point.lsn
+                    ));
+                    knows
+                        .point_bytes
+                        .or(view.map(|view| view.geometry().size_bytes))
+                };
+                let points = found
+                    .into_iter()
+                    .filter_map(|point| Some((point.clone(), Epoch(1), size(point)?)));
+                let points = points.collect();
+                let _gone = reply.send(Ok(PointListing { points, last }));
+            }
             Command::DropBranch(history, reply) => {
                 told.dropped.push(history);
                 let _gone = reply.send(Ok(()));
@@ -271,6 +324,7 @@ fn missing(what: &str) -> ApiError {
 fn view(device: Arc<dyn BlockDevice>) -> ViewOpened {
     ViewOpened {
         device,
+        view: None,
         machine: MachineId([1; 16]),
         disk: DiskId([5; 16]),
         history: TRUNK,
@@ -286,7 +340,9 @@ fn branch(device: Arc<dyn BlockDevice>) -> BranchOpened {
         history: BRANCH,
         parent: TRUNK,
         lsn: Lsn(77),
+        machine: MachineId([1; 16]),
         disk: DiskId([5; 16]),
+        usage: Arc::new(Usage::new(None)),
         resolved_to_batch_begin: false,
     }
 }

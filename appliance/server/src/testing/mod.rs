@@ -120,6 +120,7 @@ impl Fixture {
         let backend = config.store.backend.into();
         let mounts = Mounts::start(
             handle.clone(),
+            catalogue.clone(),
             Arc::clone(&shared),
             places,
             config.mounts.clone(),
@@ -146,6 +147,7 @@ impl Fixture {
         );
         let appliance = Arc::new(Appliance {
             config,
+            data_dir: directory.path().to_owned(),
             engine: handle,
             scrub: scrub.unwrap(),
             events,
@@ -157,8 +159,10 @@ impl Fixture {
             live: LiveStreams::default(),
             mounts: Arc::new(mounts),
             seeds: Arc::default(),
+            vhost: crate::vhost::VhostSockets::default(),
             data_port: 9443,
             control_port: 8443,
+            nbd_port: None,
         });
         let (stop, _) = watch::channel(false);
         Self {

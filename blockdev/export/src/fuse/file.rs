@@ -12,6 +12,7 @@ use afterimage_blockdev::BlockDevice;
 use fuser::FileHandle;
 use parking_lot::{Mutex, RwLock};
 
+use super::backing::Backing;
 use super::gate::WriteGate;
 use super::tree::NodeId;
 
@@ -23,6 +24,8 @@ pub(super) struct OpenFile {
     pub(super) node: NodeId,
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) gate: Arc<WriteGate>,
+    /// The plain file that the kernel reads and writes itself, until this handle ends.
+    _backing: Option<Arc<Backing>>,
     /// Bytes of a logical block; a power of two.
     pub(super) block_bytes: u64,
     pub(super) is_writable: bool,
@@ -81,6 +84,7 @@ impl OpenFiles {
         node: NodeId,
         device: Arc<dyn BlockDevice>,
         is_writable: bool,
+        backing: Option<Arc<Backing>>,
     ) -> Result<FileHandle, Arc<dyn BlockDevice>> {
         let geometry = device.geometry();
         let block_bytes = u64::from(geometry.logical_block_bytes);
@@ -101,6 +105,7 @@ impl OpenFiles {
             node,
             device,
             gate: self.gate(node),
+            _backing: backing,
             block_bytes,
             is_writable,
             size_bytes: AtomicU64::new(geometry.size_bytes),

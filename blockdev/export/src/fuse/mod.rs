@@ -1,49 +1,63 @@
-//! A tree of files, each of them a device, over `/dev/fuse`.
+//! A tree of files, each of them a device, over `/dev/fuse` or `io_uring`.
+//!
+//! Both transports end in the same [`Server`]: they differ in where a request's bytes come from
+//! and where its answer goes, and in nothing else.
 //!
 //! Invariants:
-//! * the threads that read `/dev/fuse` carry data: names are resolved elsewhere, and answers go
-//!   out from whichever thread completes a request;
+//! * the threads that take requests carry data: names are resolved elsewhere, and answers are
+//!   given from whichever thread completes a request;
 //! * they wait for nothing, but that one of several may wait for a short read when no other read
 //!   or write is under way in the mount;
 //! * no byte of a file is ever in the page cache;
 //! * `fsync` answers what the device's flush says, each time.
 
+mod backing;
 mod chain;
+mod classic;
+mod connection;
 mod file;
 mod gate;
 mod known;
 mod names;
+mod parse;
 mod patch;
+mod reply;
 mod request;
+mod ring;
 mod seek;
 mod server;
+mod transport;
 mod tree;
+mod trial;
+mod wire;
 mod workers;
 
-use std::ffi::{CString, OsStr};
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
+use fuser::{INodeNo, Notifier};
 
+use self::backing::Backings;
+use self::classic::Channel;
+use self::connection::Connection;
 use self::file::OpenFiles;
 use self::known::KnownNodes;
 use self::names::Names;
 use self::request::UnderWay;
+use self::ring::{Prepared, Rings};
 use self::server::Server;
 use self::workers::Workers;
 use crate::error::ExportError;
 use crate::{mount, mount_table, sys};
 
+pub use self::transport::{IoUring, Transport};
 pub use self::tree::{ListedNode, Node, NodeId, NodeKind, Tree, TreeError};
 
-/// The kind that mount tables show, behind `fuse.`.
-const SUBTYPE: &str = "afterimage";
 /// How long an unmount waits for files that are just being closed.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
 /// Pause between two looks at something that ends by itself.
@@ -54,7 +68,7 @@ pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(5);
 pub struct FuseOptions {
     /// What mount tables show as the source.
     pub source: String,
-    /// Threads that read requests; at least 1. Each holds a buffer of 16 MiB of address space.
+    /// Threads that read requests from `/dev/fuse`; at least 1.
     pub event_threads: usize,
     /// Threads that resolve names and open devices; at least 1.
     pub tree_threads: usize,
@@ -65,6 +79,8 @@ pub struct FuseOptions {
     pub max_background: u16,
     /// How long the kernel may use a name or attribute without asking again.
     pub name_lifetime: Duration,
+    /// Whether requests may go over `io_uring`.
+    pub io_uring: IoUring,
 }
 
 impl Default for FuseOptions {
@@ -76,6 +92,7 @@ impl Default for FuseOptions {
             tree_queue_max: 1024,
             max_background: 512,
             name_lifetime: Duration::from_secs(1),
+            io_uring: IoUring::Auto,
         }
     }
 }
@@ -85,6 +102,8 @@ impl Default for FuseOptions {
 pub struct FuseMount {
     directory: PathBuf,
     notifier: Notifier,
+    transport: Transport,
+    has_passthrough: bool,
     /// Serves until the kernel ends the connection; none after that was seen.
     serving: Option<JoinHandle<io::Result<()>>>,
 }
@@ -105,31 +124,44 @@ impl FuseMount {
             });
         }
         mount::check_directory(mountpoint)?;
-        let system = |source| ExportError::system("mount", mountpoint, source);
         let directory = mount_table::absolute(mountpoint)?;
+        warn_of_timeouts();
+        let wants_ring = options.io_uring.is_wanted()
+            && trial::verdict(&directory)
+                .map_err(|reason| transport::fall_back(&reason))
+                .is_ok();
+        Self::mount_as(tree, directory, &options, wants_ring)
+    }
+
+    fn mount_as(
+        tree: Arc<dyn Tree>,
+        directory: PathBuf,
+        options: &FuseOptions,
+        wants_ring: bool,
+    ) -> Result<Self, ExportError> {
+        let system = |source| ExportError::system("mount", &directory, source);
         let names = Arc::new(Names {
             tree,
             files: OpenFiles::default(),
             known: KnownNodes::default(),
+            backings: Backings::default(),
             lifetime: options.name_lifetime,
         });
         let workers = Workers::start(options.tree_threads.max(1), options.tree_queue_max.max(1))
             .map_err(system)?;
-        let server = Server {
+        let server = Arc::new(Server {
             names,
             workers,
-            max_background: options.max_background.max(1),
             under_way: UnderWay::default(),
-            may_wait: options.event_threads > 1,
-        };
-        let kernel = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse")
-            .map_err(|source| ExportError::NoFuse { source })?;
-        warn_of_timeouts();
-        mount_connection(&kernel, &directory, &options.source).map_err(system)?;
-        Self::serve(server, kernel, directory.clone(), &options).inspect_err(|_| {
+        });
+        let kernel = connection::open()?;
+        let prepared = wants_ring.then(|| Prepared::new(&server)).transpose();
+        let prepared = prepared.unwrap_or_else(|error| {
+            transport::fall_back(&error.to_string());
+            None
+        });
+        connection::mount(&kernel, &directory, &options.source).map_err(system)?;
+        Self::serve(server, kernel, directory.clone(), options, prepared).inspect_err(|_| {
             if let Err(error) = detach(&directory) {
                 tracing::warn!(%error, "a failed mount stays");
             }
@@ -137,28 +169,52 @@ impl FuseMount {
     }
 
     fn serve(
-        server: Server,
+        server: Arc<Server>,
         kernel: File,
         directory: PathBuf,
         options: &FuseOptions,
+        prepared: Option<Prepared>,
     ) -> Result<Self, ExportError> {
         let system = |source| ExportError::system("serve", &directory, source);
-        let mut config = Config::default();
-        config.acl = SessionACL::All;
-        config.n_threads = Some(options.event_threads.max(1));
-        config.clone_fd = true;
-        let session = Session::from_fd(server, OwnedFd::from(kernel), SessionACL::All, config)
-            .map_err(system)?;
-        let notifier = session.notifier();
+        let background = options.max_background.max(1);
+        let Connection {
+            fuse,
+            notifier,
+            agreed,
+        } = Connection::agree(kernel, background, prepared.is_some()).map_err(system)?;
+        if agreed.has_passthrough {
+            let fuse = fuse.try_clone().map_err(system)?;
+            server.names.backings.allow(fuse);
+        }
+        let (rings, transport) = start_rings(prepared, agreed.has_ring, &fuse);
+        let mut channels = Vec::new();
+        for _ in 1..options.event_threads {
+            channels.push(Channel::new(connection::clone(&fuse).map_err(system)?));
+        }
+        channels.push(Channel::new(fuse));
         let serving = std::thread::Builder::new()
             .name("fuse".to_owned())
-            .spawn(move || session.run())
+            .spawn(move || serve_until_end(server, channels, rings))
             .map_err(system)?;
         Ok(Self {
             directory,
             notifier,
+            transport,
+            has_passthrough: agreed.has_passthrough,
             serving: Some(serving),
         })
+    }
+
+    /// How requests come.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// Says whether the kernel can read and write plain files itself, see [`Tree::plain_file`].
+    #[must_use]
+    pub fn has_passthrough(&self) -> bool {
+        self.has_passthrough
     }
 
     /// The mount directory, absolute.
@@ -223,6 +279,10 @@ impl FuseMount {
                 Err(error) => return Err(system(error)),
             }
         }
+        if sys::is_dead_mount(&self.directory) {
+            // Somebody ended the connection, and left the mount.
+            detach(&self.directory).map_err(system)?;
+        }
         self.join()
     }
 
@@ -248,23 +308,60 @@ impl Drop for FuseMount {
     }
 }
 
-/// Connects `/dev/fuse` to the directory. The kernel checks permissions; all users may pass it,
-/// so that a loop device works whoever reads it.
-fn mount_connection(kernel: &File, directory: &Path, source: &str) -> io::Result<()> {
-    let options = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
-        sys::descriptor(kernel)
-    );
-    let source = CString::new(source)?;
-    let kind = CString::new(format!("fuse.{SUBTYPE}"))?;
-    let flags = libc::MS_NODEV | libc::MS_NOSUID | libc::MS_NOEXEC;
-    sys::mount(
-        &source,
-        &sys::c_path(directory)?,
-        &kind,
-        flags,
-        &CString::new(options)?,
-    )
+/// Starts the rings that the kernel agreed to.
+fn start_rings(
+    prepared: Option<Prepared>,
+    has_ring: bool,
+    fuse: &File,
+) -> (Option<Rings>, Transport) {
+    let Some(prepared) = prepared else {
+        return (None, Transport::Classic);
+    };
+    if !has_ring {
+        prepared.end();
+        transport::fall_back("the kernel does not offer it");
+        return (None, Transport::Classic);
+    }
+    match prepared.start(fuse) {
+        (rings, Ok(())) => (Some(rings), Transport::IoUring),
+        (rings, Err(error)) => {
+            transport::fall_back(&format!("the kernel refused a ring: {error}"));
+            (Some(rings), Transport::Classic)
+        }
+    }
+}
+
+/// Serves a connection until the kernel ends it.
+fn serve_until_end(
+    server: Arc<Server>,
+    channels: Vec<Arc<Channel>>,
+    rings: Option<Rings>,
+) -> io::Result<()> {
+    let may_wait = channels.len() > 1;
+    let mut result = Ok(());
+    let mut threads = Vec::with_capacity(channels.len());
+    for (index, channel) in channels.into_iter().enumerate() {
+        let server = Arc::clone(&server);
+        let thread = std::thread::Builder::new()
+            .name(format!("fuse-{index}"))
+            .spawn(move || channel.serve(&server, may_wait));
+        match thread {
+            Ok(thread) => threads.push(thread),
+            Err(error) => result = Err(error),
+        }
+    }
+    for thread in threads {
+        let panicked = |_| Err(io::Error::other("a thread panicked"));
+        result = result.and(thread.join().unwrap_or_else(panicked));
+    }
+    if let Some(rings) = rings {
+        result = result.and(rings.join());
+    }
+    match Arc::into_inner(server) {
+        Some(server) => server.end(),
+        None => tracing::error!("a thread of a connection is still there"),
+    }
+    result
 }
 
 /// Says so when the kernel would end the whole connection after one slow request.

@@ -1,20 +1,21 @@
 //! Answers about names, attributes and directories. All of it runs on the tree's own threads.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use afterimage_blockdev::{BlockCompleter, BlockCompletion, BlockDevice, BlockOp, Token, wait};
-use fuser::{
-    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenAccMode, OpenFlags,
-    ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyOpen, ReplyXattr,
-};
+use fuser::{Errno, FileAttr, FileHandle, FileType, FopenFlags, INodeNo, OpenAccMode, OpenFlags};
 use parking_lot::Mutex;
 
+use super::backing::Backings;
 use super::file::{OpenFile, OpenFiles};
 use super::known::KnownNodes;
+use super::reply::Reply;
 use super::request::{errno, failed};
 use super::tree::{ListedNode, Node, NodeId, NodeKind, Tree, TreeError};
+use super::wire::{Fields, Listing};
 
 /// What every extended attribute begins with.
 const ATTRIBUTE_PREFIX: &str = "user.afterimage.";
@@ -25,9 +26,6 @@ const CURSOR_SHIFT: u64 = 2;
 /// Bytes that `stat` recommends for a request.
 const PREFERRED_BYTES: u32 = 1 << 20;
 
-/// Always valid: the kernel asks again for what it has dropped.
-const GENERATION: Generation = Generation(0);
-
 /// How files are opened. Direct I/O keeps the page cache out: a second reader never sees old
 /// data of a file that is written, and two opens that resolve to different devices never mix.
 /// Whole-block writes need no exclusive lock in the kernel, and closing promises nothing.
@@ -35,11 +33,16 @@ const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_DIRECT_IO
     .union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES)
     .union(FopenFlags::FOPEN_NOFLUSH);
 
+/// How files are opened that the kernel reads and writes itself.
+const PASSTHROUGH_FLAGS: FopenFlags =
+    FopenFlags::FOPEN_PASSTHROUGH.union(FopenFlags::FOPEN_NOFLUSH);
+
 /// The state that all threads of a mount share.
 pub(super) struct Names {
     pub(super) tree: Arc<dyn Tree>,
     pub(super) files: OpenFiles,
     pub(super) known: KnownNodes,
+    pub(super) backings: Backings,
     pub(super) lifetime: Duration,
 }
 
@@ -60,6 +63,14 @@ fn file_type(kind: NodeKind) -> FileType {
     }
 }
 
+/// What a file is said to take. What it takes is known only after a look at all of it; one sector
+/// less than everything makes tools such as cp and tar look for holes, and none at all would make
+/// tar take the whole file for one.
+fn sectors(size_bytes: u64) -> u64 {
+    let all = size_bytes.div_ceil(512);
+    all.saturating_sub(1).max(all.min(1))
+}
+
 /// The attributes that the kernel shows; only root may read or write the bytes of a disk.
 fn attributes(node: &Node) -> FileAttr {
     let time = UNIX_EPOCH + Duration::from_nanos(node.modified.0);
@@ -77,7 +88,7 @@ fn attributes(node: &Node) -> FileAttr {
     FileAttr {
         ino: INodeNo(node.id.0),
         size,
-        blocks: size.div_ceil(512),
+        blocks: sectors(size),
         atime: time,
         mtime: time,
         ctime: time,
@@ -94,12 +105,12 @@ fn attributes(node: &Node) -> FileAttr {
 }
 
 impl Names {
-    pub(super) fn lookup(&self, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    pub(super) fn lookup(&self, parent: INodeNo, name: &OsStr, reply: Reply) {
         let answer = self.known.answer();
         match self.tree.lookup(node_id(parent), name) {
             Ok(node) => {
                 answer.count(node.id);
-                reply.entry(&self.lifetime, &attributes(&node), GENERATION);
+                reply.entry(self.lifetime, &attributes(&node));
             }
             Err(error) => reply.error(refused(&error)),
         }
@@ -122,25 +133,33 @@ impl Names {
         Ok(node)
     }
 
-    pub(super) fn getattr(&self, inode: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+    pub(super) fn getattr(&self, inode: INodeNo, handle: Option<FileHandle>, reply: Reply) {
         let file = handle.and_then(|handle| self.files.get(handle));
         match self.describe(inode, file.as_deref().filter(|file| file.node.0 == inode.0)) {
-            Ok(node) => reply.attr(&self.lifetime, &attributes(&node)),
+            Ok(node) => reply.attr(self.lifetime, &attributes(&node)),
             Err(errno) => reply.error(errno),
         }
     }
 
-    pub(super) fn open(&self, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    pub(super) fn open(&self, inode: INodeNo, flags: OpenFlags, reply: Reply) {
         let want_write = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let id = node_id(inode);
         match self.open_device(id, want_write) {
-            Ok(device) => match self.files.insert(id, device, want_write) {
-                Ok(handle) => reply.opened(handle, OPEN_FLAGS),
-                Err(device) => {
-                    self.tree.close(id, device);
-                    reply.error(Errno::ENFILE);
+            Ok(device) => {
+                let backing = self.backings.get(id, || self.tree.plain_file(id));
+                let backing_id = backing.as_ref().map(|backing| backing.id());
+                let flags = match backing_id {
+                    Some(_) => PASSTHROUGH_FLAGS,
+                    None => OPEN_FLAGS,
+                };
+                match self.files.insert(id, device, want_write, backing) {
+                    Ok(handle) => reply.opened(handle, flags, backing_id),
+                    Err(device) => {
+                        self.tree.close(id, device);
+                        reply.error(Errno::ENFILE);
+                    }
                 }
-            },
+            }
             Err(errno) => reply.error(errno),
         }
     }
@@ -233,42 +252,40 @@ impl Names {
         }
     }
 
-    pub(super) fn readdir(&self, directory: INodeNo, from: u64, mut reply: ReplyDirectory) {
+    pub(super) fn readdir(&self, directory: INodeNo, from: u64, room: u32, reply: Reply) {
+        let mut listing = Listing::new(room as usize);
         let result = self.list(directory, from, |entry, cursor| {
             let kind = file_type(entry.node.kind);
-            reply.add(INodeNo(entry.node.id.0), cursor, kind, &entry.name)
+            let name = entry.name.as_bytes();
+            listing.add(None, entry.node.id.0, cursor, kind, name)
         });
         match result {
-            Ok(()) => reply.ok(),
+            Ok(()) => reply.data(listing.bytes()),
             Err(errno) => reply.error(errno),
         }
     }
 
-    pub(super) fn readdirplus(&self, directory: INodeNo, from: u64, mut reply: ReplyDirectoryPlus) {
+    pub(super) fn readdirplus(&self, directory: INodeNo, from: u64, room: u32, reply: Reply) {
         let answer = self.known.answer();
+        let mut listing = Listing::new(room as usize);
         let result = self.list(directory, from, |entry, cursor| {
             let attributes = attributes(&entry.node);
-            let is_full = reply.add(
-                INodeNo(entry.node.id.0),
-                cursor,
-                &entry.name,
-                &self.lifetime,
-                &attributes,
-                GENERATION,
-            );
+            let node = Fields::entry(self.lifetime, &attributes);
+            let (id, name) = (entry.node.id, entry.name.as_bytes());
+            let is_full = listing.add(Some(&node), id.0, cursor, attributes.kind, name);
             // The kernel takes no reference for these two.
             if !is_full && entry.name != "." && entry.name != ".." {
-                answer.count(entry.node.id);
+                answer.count(id);
             }
             is_full
         });
         match result {
-            Ok(()) => reply.ok(),
+            Ok(()) => reply.data(listing.bytes()),
             Err(errno) => reply.error(errno),
         }
     }
 
-    pub(super) fn getxattr(&self, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    pub(super) fn getxattr(&self, inode: INodeNo, name: &OsStr, size: u32, reply: Reply) {
         let wanted = name
             .to_str()
             .and_then(|name| name.strip_prefix(ATTRIBUTE_PREFIX));
@@ -282,7 +299,7 @@ impl Names {
         }
     }
 
-    pub(super) fn listxattr(&self, inode: INodeNo, size: u32, reply: ReplyXattr) {
+    pub(super) fn listxattr(&self, inode: INodeNo, size: u32, reply: Reply) {
         let mut names = Vec::new();
         for (name, _) in self.tree.attributes(node_id(inode)) {
             names.extend_from_slice(ATTRIBUTE_PREFIX.as_bytes());
@@ -299,7 +316,7 @@ impl Names {
         inode: INodeNo,
         handle: Option<FileHandle>,
         size_bytes: u64,
-        reply: ReplyAttr,
+        reply: Reply,
     ) {
         let file = handle.and_then(|handle| self.files.get(handle));
         let file = file.filter(|file| file.node.0 == inode.0 && file.is_writable);
@@ -315,7 +332,7 @@ impl Names {
             return reply.error(Errno::EISDIR);
         };
         if size_bytes == old_bytes {
-            return reply.attr(&self.lifetime, &attributes(&node));
+            return reply.attr(self.lifetime, &attributes(&node));
         }
         if size_bytes < old_bytes {
             return reply.error(Errno::EPERM);
@@ -338,7 +355,7 @@ impl Names {
                 let result = wait::device(&*device, op);
                 self.tree.close(node.id, device);
                 match result {
-                    Ok(_) => reply.attr(&self.lifetime, &attributes(&resized(node, size_bytes))),
+                    Ok(_) => reply.attr(self.lifetime, &attributes(&resized(node, size_bytes))),
                     Err(error) => reply.error(failed(&error)),
                 }
             }
@@ -353,7 +370,7 @@ fn resized(mut node: Node, new_bytes: u64) -> Node {
     node
 }
 
-fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+fn answer_xattr(value: &[u8], size: u32, reply: Reply) {
     match u32::try_from(value.len()) {
         Err(_) => reply.error(Errno::E2BIG),
         Ok(length) if size == 0 => reply.size(length),
@@ -363,7 +380,7 @@ fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
 }
 
 struct GrowDone {
-    reply: Mutex<Option<(ReplyAttr, Node)>>,
+    reply: Mutex<Option<(Reply, Node)>>,
     lifetime: Duration,
     size_bytes: u64,
     file: Arc<OpenFile>,
@@ -376,7 +393,7 @@ impl BlockCompleter for GrowDone {
         };
         self.file.gate.leave_shared();
         match completion.result {
-            Ok(_) => reply.attr(&self.lifetime, &attributes(&resized(node, self.size_bytes))),
+            Ok(_) => reply.attr(self.lifetime, &attributes(&resized(node, self.size_bytes))),
             Err(error) => reply.error(failed(&error)),
         }
     }

@@ -1,4 +1,6 @@
 //! Requests on open files. Each owns its reply, and answers from whichever thread completes it.
+//!
+//! Invariant: an [`IoDone`] serves one operation at a time, and answers it once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,12 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use afterimage_blockdev::{
     BlockCompleter, BlockCompletion, BlockError, BlockOp, BlockOutcome, IoBuffer, Token,
 };
-use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
+use fuser::Errno;
 use parking_lot::Mutex;
 
 use super::chain;
 use super::file::OpenFile;
 use super::patch::{Patch, Zero};
+use super::reply::Reply;
 
 /// Makes an error number that the kernel takes as the answer to one request only. `ENOSYS` would
 /// switch the operation off for good, with success for every later fsync; numbers from 512 on
@@ -51,27 +54,70 @@ impl Drop for Entered {
     }
 }
 
-struct ReadDone {
-    reply: Mutex<Option<(ReplyData, Entered)>>,
-    /// Bytes before the wanted ones, of the widened read.
-    skip: usize,
-    take: usize,
+/// What a request gets when its operation is done.
+#[derive(Clone, Copy)]
+enum Answer {
+    /// Data; `skip` bytes of the widened read lie before it.
+    Data { skip: usize, take: usize },
+    /// The number of bytes.
+    Written { length: u32 },
+    /// Nothing but success.
+    Nothing,
 }
 
-impl BlockCompleter for ReadDone {
+/// An operation under way.
+struct Done {
+    answer: Answer,
+    /// The file whose gate it passed.
+    gated: Option<Arc<OpenFile>>,
+    entered: Option<Entered>,
+}
+
+impl Done {
+    /// Leaves what was entered and passed.
+    fn leave(self) -> Answer {
+        drop(self.entered);
+        if let Some(file) = self.gated {
+            file.gate.leave_shared();
+        }
+        self.answer
+    }
+}
+
+/// Takes the completion of one operation, and answers the request that it is for.
+#[derive(Default)]
+pub(super) struct IoDone(Mutex<Option<(Reply, Done)>>);
+
+impl IoDone {
+    /// Gets ready for the operation of `reply`, which owns this.
+    fn begin(reply: Reply, done: Done) -> Arc<Self> {
+        let own = reply.completer();
+        let before = own.0.lock().replace((reply, done));
+        assert!(before.is_none(), "an operation began before the last ended");
+        own
+    }
+}
+
+impl BlockCompleter for IoDone {
     fn complete(&self, completion: BlockCompletion) {
-        let Some((reply, entered)) = self.reply.lock().take() else {
+        let Some((reply, done)) = self.0.lock().take() else {
             return;
         };
-        // Before the answer, so that who waits for it finds nothing under way.
-        drop(entered);
-        match completion.result {
-            Ok(BlockOutcome::Data(buffer)) => match buffer.get(self.skip..self.skip + self.take) {
-                Some(bytes) => reply.data(bytes),
-                None => reply.error(Errno::EIO),
-            },
-            Ok(_) => reply.error(Errno::EIO),
-            Err(error) => reply.error(failed(&error)),
+        // What was entered or passed is left before the answer, so that who waits for the answer
+        // finds nothing under way.
+        match (done.leave(), completion.result) {
+            (Answer::Data { skip, take }, Ok(BlockOutcome::Data(buffer))) => {
+                reply.data_of(buffer, skip, take);
+            }
+            (Answer::Data { .. }, Ok(_)) => reply.error(Errno::EIO),
+            (Answer::Written { length }, Ok(outcome)) => {
+                if let BlockOutcome::Written(buffer) = outcome {
+                    reply.give_back(buffer);
+                }
+                reply.written(length);
+            }
+            (Answer::Nothing, Ok(_)) => reply.ok(),
+            (_, Err(error)) => reply.error(failed(&error)),
         }
     }
 }
@@ -83,7 +129,7 @@ pub(super) fn read(
     offset: u64,
     length: u32,
     entered: Entered,
-    reply: ReplyData,
+    reply: Reply,
 ) {
     let wanted_end = offset.saturating_add(u64::from(length));
     let end = wanted_end.min(file.size_reaching(wanted_end));
@@ -101,34 +147,14 @@ pub(super) fn read(
     };
     let op = BlockOp::Read {
         offset: start,
-        buffer: IoBuffer::zeroed(bytes),
+        buffer: reply.buffer(bytes),
     };
-    let done = ReadDone {
-        reply: Mutex::new(Some((reply, entered))),
-        skip,
-        take,
+    let done = Done {
+        answer: Answer::Data { skip, take },
+        gated: None,
+        entered: Some(entered),
     };
-    file.device.submit(token, op, Arc::new(done));
-}
-
-struct WriteDone {
-    reply: Mutex<Option<(ReplyWrite, Entered)>>,
-    file: Arc<OpenFile>,
-    length: u32,
-}
-
-impl BlockCompleter for WriteDone {
-    fn complete(&self, completion: BlockCompletion) {
-        let Some((reply, entered)) = self.reply.lock().take() else {
-            return;
-        };
-        drop(entered);
-        self.file.gate.leave_shared();
-        match completion.result {
-            Ok(_) => reply.written(self.length),
-            Err(error) => reply.error(failed(&error)),
-        }
-    }
+    file.device.submit(token, op, IoDone::begin(reply, done));
 }
 
 /// Writes any range within the device. With `fua` it is durable when answered.
@@ -136,12 +162,12 @@ pub(super) fn write(
     file: Arc<OpenFile>,
     token: Token,
     offset: u64,
-    data: &[u8],
+    buffer: IoBuffer,
     fua: bool,
     entered: Entered,
-    reply: ReplyWrite,
+    reply: Reply,
 ) {
-    let Ok(length) = u32::try_from(data.len()) else {
+    let Ok(length) = u32::try_from(buffer.len()) else {
         return reply.error(Errno::EINVAL);
     };
     let Some(end) = offset.checked_add(u64::from(length)) else {
@@ -156,25 +182,21 @@ pub(super) fn write(
     if length == 0 {
         return reply.written(0);
     }
-    let buffer = IoBuffer::copy_of(data);
     let gate = Arc::clone(&file.gate);
     if file.is_aligned(offset, u64::from(length)) {
         gate.enter_shared(move || {
             let device = Arc::clone(&file.device);
-            let done = WriteDone {
-                reply: Mutex::new(Some((reply, entered))),
-                file,
-                length,
+            let done = Done {
+                answer: Answer::Written { length },
+                gated: Some(file),
+                entered: Some(entered),
             };
-            device.submit(
-                token,
-                BlockOp::Write {
-                    offset,
-                    buffer,
-                    fua,
-                },
-                Arc::new(done),
-            );
+            let op = BlockOp::Write {
+                offset,
+                buffer,
+                fua,
+            };
+            device.submit(token, op, IoDone::begin(reply, done));
         });
     } else {
         gate.enter_alone(move || {
@@ -191,34 +213,15 @@ pub(super) fn write(
     }
 }
 
-struct EmptyDone {
-    reply: Mutex<Option<ReplyEmpty>>,
-    /// The file whose gate the request passed; none for a flush, which passes no gate.
-    gated: Option<Arc<OpenFile>>,
-}
-
-impl BlockCompleter for EmptyDone {
-    fn complete(&self, completion: BlockCompletion) {
-        let Some(reply) = self.reply.lock().take() else {
-            return;
-        };
-        if let Some(file) = &self.gated {
-            file.gate.leave_shared();
-        }
-        match completion.result {
-            Ok(_) => reply.ok(),
-            Err(error) => reply.error(failed(&error)),
-        }
-    }
-}
-
 /// Makes what was written durable.
-pub(super) fn flush(file: &OpenFile, token: Token, reply: ReplyEmpty) {
-    let done = EmptyDone {
-        reply: Mutex::new(Some(reply)),
+pub(super) fn flush(file: &OpenFile, token: Token, reply: Reply) {
+    let done = Done {
+        answer: Answer::Nothing,
         gated: None,
+        entered: None,
     };
-    file.device.submit(token, BlockOp::Flush, Arc::new(done));
+    file.device
+        .submit(token, BlockOp::Flush, IoDone::begin(reply, done));
 }
 
 /// The two ways in which `fallocate` makes zeroes of a range.
@@ -261,7 +264,7 @@ pub(super) fn zero(
     kind: ZeroKind,
     offset: u64,
     length: u64,
-    reply: ReplyEmpty,
+    reply: Reply,
 ) {
     let wanted_end = offset.saturating_add(length);
     let end = wanted_end.min(file.size_reaching(wanted_end));
@@ -275,11 +278,13 @@ pub(super) fn zero(
     if file.is_aligned(offset, end - offset) {
         gate.enter_shared(move || {
             let device = Arc::clone(&file.device);
-            let done = EmptyDone {
-                reply: Mutex::new(Some(reply)),
+            let done = Done {
+                answer: Answer::Nothing,
                 gated: Some(file),
+                entered: None,
             };
-            device.submit(token, kind.op(offset, end - offset), Arc::new(done));
+            let op = kind.op(offset, end - offset);
+            device.submit(token, op, IoDone::begin(reply, done));
         });
     } else {
         gate.enter_alone(move || {

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use afterimage_blockdev::{BlockError, BlockErrorKind, BlockOp, BlockOutcome, ExtentKind};
-use fuser::{Errno, ReplyLseek};
+use fuser::Errno;
 
 use super::chain::{Job, Outcome};
 use super::file::OpenFile;
+use super::reply::Reply;
 use super::request::failed;
 
 /// Bytes that are asked for at once; bounds the answer to 65,536 extents of a block each.
@@ -19,7 +20,7 @@ pub(super) struct Seek {
     /// Nothing of the kind lies in front of this, from where the search began.
     position: u64,
     size_bytes: u64,
-    reply: Option<ReplyLseek>,
+    reply: Option<Reply>,
 }
 
 impl Seek {
@@ -28,7 +29,7 @@ impl Seek {
         file: Arc<OpenFile>,
         wanted: ExtentKind,
         position: u64,
-        reply: ReplyLseek,
+        reply: Reply,
     ) -> Self {
         let size_bytes = file.size_now();
         Self {
@@ -80,9 +81,9 @@ impl Seek {
         let Some(reply) = self.reply.take() else {
             return;
         };
-        match result.map(i64::try_from) {
-            Ok(Ok(position)) => reply.offset(position),
-            Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
+        match result {
+            Ok(position) if i64::try_from(position).is_ok() => reply.offset(position),
+            Ok(_) => reply.error(Errno::EOVERFLOW),
             Err(errno) => reply.error(errno),
         }
     }

@@ -1,6 +1,7 @@
 //! The names of a FUSE tree, resolved by the product.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::sync::Arc;
 
 use afterimage_blockdev::{BlockDevice, BlockError, Timestamp};
@@ -133,6 +134,13 @@ pub trait Tree: Send + Sync {
     /// # Errors
     /// `ReadOnly`, `Busy`, `IsADirectory`, or what resolving it needs.
     fn open(&self, file: NodeId, want_write: bool) -> Result<Arc<dyn BlockDevice>, TreeError>;
+
+    /// The plain file whose bytes are those of the device, at the same places, where there is
+    /// one: the kernel then reads and writes it without asking. Asked after each success of
+    /// [`Tree::open`]; while the file is open, the first answer counts.
+    fn plain_file(&self, _file: NodeId) -> Option<File> {
+        None
+    }
 
     /// Gives back a device of [`Tree::open`], once for each success. No request is in flight,
     /// unless somebody aborted the connection.

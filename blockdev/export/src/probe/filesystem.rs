@@ -108,6 +108,12 @@ pub(super) fn filesystem(head: &[u8]) -> Option<Found> {
         let (uuid, label) = (EXT_SUPERBLOCK + 104, EXT_SUPERBLOCK + 120);
         return Some(found(head, kind, uuid, label, 16));
     }
+    if let Some(label) = fat(head) {
+        return Some(Found {
+            label: label_at(head, label, 11),
+            ..Found::plain(FsKind::Vfat)
+        });
+    }
     let is_swap = SWAP_PAGES.iter().any(|end| {
         starts_with(head, end - 10, b"SWAPSPACE2") || starts_with(head, end - 10, b"SWAP-SPACE")
     });
@@ -121,6 +127,29 @@ fn found(head: &[u8], kind: FsKind, uuid: usize, label: usize, label_bytes: usiz
         label: label_at(head, label, label_bytes),
         ..Found::plain(kind)
     }
+}
+
+/// Where the label of a FAT lies. The word at its side is no proof, so that the boot sector must
+/// make sense as well: a boot sector of a partitioned disk may hold that word in its program.
+fn fat(head: &[u8]) -> Option<usize> {
+    let label = if starts_with(head, 82, b"FAT32   ") {
+        71
+    } else if starts_with(head, 54, b"FAT12   ") || starts_with(head, 54, b"FAT16   ") {
+        43
+    } else {
+        return None;
+    };
+    let sector_bytes = u16_at(head, 11)?;
+    let (cluster_sectors, reserved) = (*head.get(13)?, u16_at(head, 14)?);
+    let (tables, medium) = (*head.get(16)?, *head.get(21)?);
+    let is_sound = head.get(510..512)? == [0x55, 0xAA]
+        && matches!(head.first(), Some(0xEB | 0xE9))
+        && matches!(sector_bytes, 512 | 1024 | 2048 | 4096)
+        && cluster_sectors.is_power_of_two()
+        && reserved > 0
+        && matches!(tables, 1 | 2)
+        && medium >= 0xF0;
+    is_sound.then_some(label)
 }
 
 fn ext(head: &[u8]) -> Option<FsKind> {

@@ -29,6 +29,8 @@ pub enum FsKind {
     Xfs,
     /// btrfs.
     Btrfs,
+    /// FAT12, FAT16 or FAT32.
+    Vfat,
     /// Swap space.
     Swap,
     /// A physical volume of LVM2.
@@ -51,7 +53,7 @@ impl FsKind {
     pub fn is_filesystem(self) -> bool {
         matches!(
             self,
-            Self::Ext2 | Self::Ext3 | Self::Ext4 | Self::Xfs | Self::Btrfs
+            Self::Ext2 | Self::Ext3 | Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Vfat
         )
     }
 
@@ -75,7 +77,7 @@ impl FsKind {
                  `mdadm --assemble --readonly` under a new name"
             }
             Self::Luks => "attach it with --device, then open it with `cryptsetup open`",
-            Self::Gpt | Self::Mbr => "name one of its partitions",
+            Self::Gpt | Self::Mbr => "name one of its partitions with --partition",
             Self::Unknown => "attach it with --device and look at it",
             _ => "",
         }
@@ -90,6 +92,7 @@ impl fmt::Display for FsKind {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
             Self::Btrfs => "btrfs",
+            Self::Vfat => "vfat",
             Self::Swap => "swap",
             Self::Lvm2Member => "an LVM2 physical volume",
             Self::MdMember => "an md RAID member",

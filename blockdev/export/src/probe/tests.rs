@@ -277,3 +277,35 @@ fn gpt_of_512_byte_blocks_on_a_device_of_4096() {
         32768
     );
 }
+
+#[test]
+fn a_fat_needs_a_boot_sector_that_makes_sense() {
+    let mut medium = medium(MIB);
+    let mut boot = [0; 512];
+    boot[0] = 0xEB;
+    boot[11..13].copy_from_slice(&512u16.to_le_bytes());
+    boot[13] = 4;
+    boot[14] = 1;
+    boot[16] = 2;
+    boot[21] = 0xF8;
+    boot[43..54].copy_from_slice(b"EFI        ");
+    boot[54..62].copy_from_slice(b"FAT16   ");
+    boot[510..].copy_from_slice(&[0x55, 0xAA]);
+    put(&mut medium, 0, &boot);
+    let found = identify(&mut medium).unwrap();
+    assert_eq!((found.kind, found.label.as_str()), (FsKind::Vfat, "EFI"));
+    for (offset, byte) in [
+        (0, 0),
+        (12, 7),
+        (13, 3),
+        (14, 0),
+        (16, 9),
+        (21, 1),
+        (510, 0),
+    ] {
+        let mut wrong = boot;
+        wrong[offset] = byte;
+        put(&mut medium, 0, &wrong);
+        assert_ne!(kind(&mut medium), FsKind::Vfat, "{offset}");
+    }
+}

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use afterimage_export::probe;
-use afterimage_export::{ExportError, FsKind, is_mount_point, mount_filesystem, unmount};
+use afterimage_export::{
+    ExportError, FsKind, MountFlags, is_mount_point, mount_filesystem, unmount,
+};
 
 use crate::loop_io::attached;
 use crate::memory::Memory;
@@ -13,6 +15,15 @@ use crate::shelf::{mounted, run};
 
 const MIB: u64 = 1 << 20;
 const SOON: Duration = Duration::from_secs(10);
+
+/// For a device that cannot be written.
+const READ_ONLY: MountFlags = MountFlags {
+    is_read_only: true,
+    is_device_read_only: true,
+    allow_suid: false,
+    allow_dev: false,
+    allow_exec: false,
+};
 
 fn fill(directory: &Path) {
     for index in 0..200_u32 {
@@ -52,12 +63,12 @@ fn carries(make: &str, options: &[&str], fsck: &[&str], kind: FsKind, block: u32
     assert_eq!(found.kind, kind);
     assert!(found.uuid.is_some());
     let (_keep, directory) = mount_directory("mnt with blank");
-    mount_filesystem(&path, &directory, kind, false).unwrap();
+    mount_filesystem(&path, &directory, kind, MountFlags::default()).unwrap();
     assert!(is_mount_point(&directory).unwrap());
     fill(&directory);
     run("fstrim", &[directory.to_str().unwrap()]);
 
-    let other = mount_filesystem(&path, &directory, kind, false).unwrap_err();
+    let other = mount_filesystem(&path, &directory, kind, MountFlags::default()).unwrap_err();
     assert!(
         matches!(other, ExportError::AlreadyMounted { .. }),
         "{other}"
@@ -71,7 +82,7 @@ fn carries(make: &str, options: &[&str], fsck: &[&str], kind: FsKind, block: u32
     assert!(matches!(gone, ExportError::NotMounted { .. }), "{gone}");
 
     run(fsck[0], &[&fsck[1..], &[name]].concat());
-    mount_filesystem(&path, &directory, kind, true).unwrap();
+    mount_filesystem(&path, &directory, kind, READ_ONLY).unwrap();
     check(&directory);
     assert!(fs::write(directory.join("new"), b"x").is_err());
     unmount(&directory, SOON).unwrap();
@@ -149,9 +160,9 @@ fn twins(make: &str, kind: FsKind) -> Result<(), ExportError> {
     run("dd", &[&from, &to, "bs=1M", "conv=fsync", "status=none"]);
     let (_keep, original) = mount_directory("original");
     let (_keep_too, copy) = mount_directory("copy");
-    mount_filesystem(&first.path(), &original, kind, false)?;
+    mount_filesystem(&first.path(), &original, kind, MountFlags::default())?;
     fs::write(original.join("only-here"), b"x").unwrap();
-    let result = mount_filesystem(&second.path(), &copy, kind, false);
+    let result = mount_filesystem(&second.path(), &copy, kind, MountFlags::default());
     if result.is_ok() {
         // The copy itself must have been mounted, not the original once more.
         let is_own = !copy.join("only-here").exists();
@@ -161,7 +172,7 @@ fn twins(make: &str, kind: FsKind) -> Result<(), ExportError> {
     unmount(&original, SOON)?;
     second.detach(SOON)?;
     first.detach(SOON)?;
-    result
+    result.map(drop)
 }
 
 #[test]
@@ -175,14 +186,60 @@ fn an_ext4_copy_mounts_beside_its_original() {
 }
 
 #[test]
-fn a_btrfs_copy_mounts_on_its_own_or_is_refused_by_name() {
-    match twins("mkfs.btrfs", FsKind::Btrfs) {
-        Ok(()) => {}
-        Err(error @ ExportError::SameFilesystemMounted { .. }) => {
-            assert!(error.hint().contains("btrfstune"));
-        }
-        Err(error) => panic!("{error}"),
+fn a_btrfs_copy_mounts_beside_its_original() {
+    twins("mkfs.btrfs", FsKind::Btrfs).unwrap();
+}
+
+fn btrfs_identity(device: &Path) -> String {
+    let mut found = probe_file(device);
+    found.uuid.take().map_or(String::new(), |uuid| {
+        uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    })
+}
+
+fn probe_file(device: &Path) -> afterimage_export::Found {
+    let mut medium = afterimage_export::probe::FileMedium::open(device, 512).unwrap();
+    afterimage_export::probe::identify(&mut medium).unwrap()
+}
+
+/// What a kernel without temporary identities needs.
+#[test]
+fn a_btrfs_with_a_new_identity_is_whole_and_keeps_its_files() {
+    let disk = Memory::new(512 * MIB, 512);
+    let mounted = mounted(&[("disk.img", &disk)]);
+    let mut device = attached(&mounted, "disk.img", 512);
+    let (path, flags) = (device.path(), MountFlags::default());
+    run("mkfs.btrfs", &["-q", path.to_str().unwrap()]);
+    let (_keep, directory) = mount_directory("files");
+    mount_filesystem(&path, &directory, FsKind::Btrfs, flags).unwrap();
+    fs::write(directory.join("kept"), vec![7; 1_000_000]).unwrap();
+    unmount(&directory, SOON).unwrap();
+    let before = btrfs_identity(&path);
+    for _ in 0..2 {
+        afterimage_export::btrfs::renew_identity(&path).unwrap();
     }
+    let after = btrfs_identity(&path);
+    assert!(
+        !before.is_empty() && before != after,
+        "{before} and {after}"
+    );
+    run("btrfs", &["check", "--readonly", path.to_str().unwrap()]);
+    mount_filesystem(&path, &directory, FsKind::Btrfs, flags).unwrap();
+    let named = after.replace('-', "");
+    let known: Vec<_> = fs::read_dir("/sys/fs/btrfs")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let is_known = known.iter().any(|uuid| uuid.replace('-', "") == named);
+    assert!(is_known, "{named} is not in {known:?}");
+    assert_eq!(
+        fs::read(directory.join("kept")).unwrap(),
+        vec![7; 1_000_000]
+    );
+    fs::write(directory.join("more"), b"x").unwrap();
+    unmount(&directory, SOON).unwrap();
+    run("btrfs", &["check", "--readonly", path.to_str().unwrap()]);
+    device.detach(SOON).unwrap();
 }
 
 #[test]
@@ -194,9 +251,9 @@ fn what_is_no_file_system_is_refused_with_advice() {
     let found = probe::device(&*disk).unwrap();
     assert_eq!(found.kind, FsKind::Swap);
     let (_keep, directory) = mount_directory("mnt");
-    let error = mount_filesystem(&device.path(), &directory, found.kind, true).unwrap_err();
+    let error = mount_filesystem(&device.path(), &directory, found.kind, READ_ONLY).unwrap_err();
     assert!(!error.hint().is_empty());
     // An empty device that is said to be ext4.
-    let blank = mount_filesystem(&device.path(), &directory, FsKind::Ext4, true).unwrap_err();
+    let blank = mount_filesystem(&device.path(), &directory, FsKind::Ext4, READ_ONLY).unwrap_err();
     assert!(matches!(blank, ExportError::MountRefused { .. }), "{blank}");
 }

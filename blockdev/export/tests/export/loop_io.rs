@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use afterimage_export::probe::{self, FileMedium, FsKind};
-use afterimage_export::{ExportError, LoopDevice, LoopOptions, NodeId, mount_filesystem, unmount};
+use afterimage_export::{
+    ExportError, LoopDevice, LoopOptions, MountFlags, NodeId, mount_filesystem, unmount,
+};
 
 use crate::memory::Memory;
 use crate::shelf::{Mounted, mounted, must_be_root, run};
@@ -210,7 +212,13 @@ fn direct_io_that_the_kernel_drops_is_refused() {
     let mut device = attached(&mounted, "disk.img", 4096);
     run("mkfs.ext4", &["-q", device.path().to_str().unwrap()]);
     let directory = tempfile::tempdir().unwrap();
-    mount_filesystem(&device.path(), directory.path(), FsKind::Ext4, false).unwrap();
+    mount_filesystem(
+        &device.path(),
+        directory.path(),
+        FsKind::Ext4,
+        MountFlags::default(),
+    )
+    .unwrap();
     let path = directory.path().join("inner.img");
     File::create(&path).unwrap().set_len(4 * MIB).unwrap();
     let error = LoopDevice::attach(&path, LoopOptions::default()).unwrap_err();
@@ -279,7 +287,7 @@ fn partitioned(label: &str, script: &str, kind: FsKind) {
     drop(medium);
     let mountpoint = directory.path().join("mnt");
     fs::create_dir(&mountpoint).unwrap();
-    mount_filesystem(&nodes[1], &mountpoint, FsKind::Ext4, false).unwrap();
+    mount_filesystem(&nodes[1], &mountpoint, FsKind::Ext4, MountFlags::default()).unwrap();
     let error = device.remove_partitions().unwrap_err();
     assert!(error.to_string().contains("busy"), "{error}");
     let error = device.detach(SOON).unwrap_err();

@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use afterimage_export::{ExportError, FuseMount, FuseOptions, NodeId, Tree, is_mount_point};
+use afterimage_export::{ExportError, FuseMount, NodeId, Tree, is_mount_point};
 
 use crate::memory::Memory;
-use crate::shelf::{MANY_COUNT, mounted, must_be_root, run, shelf};
+use crate::shelf::{MANY_COUNT, mounted, must_be_root, options, run, shelf};
 
 const MIB: u64 = 1 << 20;
 const SOON: Duration = Duration::from_secs(10);
@@ -115,9 +115,7 @@ fn wrong_directories_are_named() {
     let try_at = |path: &std::path::Path| {
         let (tree, _) = shelf(&[]);
         let tree: Arc<dyn Tree> = tree;
-        FuseMount::mount(tree, path, FuseOptions::default())
-            .err()
-            .unwrap()
+        FuseMount::mount(tree, path, options()).err().unwrap()
     };
     assert!(matches!(
         try_at(mounted.path()),

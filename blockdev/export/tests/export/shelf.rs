@@ -12,6 +12,7 @@ use afterimage_export::{
 };
 
 use crate::memory::Memory;
+use crate::transport::{IO_URING, Switch, expected, switch};
 
 /// The directory with many entries.
 pub(crate) const MANY: NodeId = NodeId(2);
@@ -19,8 +20,11 @@ pub(crate) const MANY_COUNT: u64 = 1000;
 const FIRST_FILE: u64 = 10;
 const FIRST_OF_MANY: u64 = 10_000;
 
+/// Devices by name.
+pub(crate) type Devices = Vec<(String, Arc<dyn BlockDevice>)>;
+
 pub(crate) struct Shelf {
-    devices: Vec<(String, Arc<Memory>)>,
+    devices: Devices,
     pub(crate) open_count: Mutex<usize>,
     forgotten: Mutex<Sender<NodeId>>,
 }
@@ -171,6 +175,7 @@ pub(crate) struct Mounted {
     pub(crate) shelf: Arc<Shelf>,
     pub(crate) forgotten: Receiver<NodeId>,
     directory: tempfile::TempDir,
+    _switch: Switch,
 }
 
 impl Mounted {
@@ -194,34 +199,53 @@ pub(crate) fn must_be_root() {
     );
 }
 
-pub(crate) fn shelf(devices: &[(&str, &Arc<Memory>)]) -> (Arc<Shelf>, Receiver<NodeId>) {
+fn named(devices: &[(&str, &Arc<Memory>)]) -> Devices {
+    let named = devices.iter().map(|(name, device)| {
+        let device = Arc::clone(device) as Arc<dyn BlockDevice>;
+        ((*name).to_owned(), device)
+    });
+    named.collect()
+}
+
+fn shelf_of(devices: Devices) -> (Arc<Shelf>, Receiver<NodeId>) {
     let (sender, forgotten) = channel();
-    let devices = devices
-        .iter()
-        .map(|(name, device)| ((*name).to_owned(), Arc::clone(device)))
-        .collect();
-    let forgotten_to = Mutex::new(sender);
-    (
-        Arc::new(Shelf {
-            devices,
-            open_count: Mutex::new(0),
-            forgotten: forgotten_to,
-        }),
-        forgotten,
-    )
+    let shelf = Shelf {
+        devices,
+        open_count: Mutex::new(0),
+        forgotten: Mutex::new(sender),
+    };
+    (Arc::new(shelf), forgotten)
+}
+
+pub(crate) fn shelf(devices: &[(&str, &Arc<Memory>)]) -> (Arc<Shelf>, Receiver<NodeId>) {
+    shelf_of(named(devices))
+}
+
+pub(crate) fn options() -> FuseOptions {
+    FuseOptions {
+        io_uring: IO_URING,
+        ..FuseOptions::default()
+    }
 }
 
 pub(crate) fn mounted(devices: &[(&str, &Arc<Memory>)]) -> Mounted {
+    mounted_on(named(devices))
+}
+
+pub(crate) fn mounted_on(devices: Devices) -> Mounted {
     must_be_root();
-    let (shelf, forgotten) = shelf(devices);
+    let (shelf, forgotten) = shelf_of(devices);
     let directory = tempfile::tempdir().unwrap();
     let tree: Arc<dyn Tree> = Arc::clone(&shelf) as Arc<dyn Tree>;
-    let mount = FuseMount::mount(tree, directory.path(), FuseOptions::default()).unwrap();
+    let switch = switch();
+    let mount = FuseMount::mount(tree, directory.path(), options()).unwrap();
+    assert_eq!(mount.transport(), expected());
     Mounted {
         mount,
         shelf,
         forgotten,
         directory,
+        _switch: switch,
     }
 }
 

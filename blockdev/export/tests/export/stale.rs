@@ -1,18 +1,25 @@
 //! What a daemon leaves behind when it is killed, and how the next one cleans it up.
 
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
+use afterimage_blockdev::IoBuffer;
 use afterimage_export::{
-    FsKind, FuseMount, FuseOptions, LoopDevice, LoopOptions, Tree, detach_stale,
-    detach_stale_under, is_mount_point, mount_filesystem,
+    FsKind, FuseMount, LoopDevice, LoopOptions, MountFlags, Tree, detach_stale, detach_stale_under,
+    is_mount_point, mount_filesystem,
 };
 
 use crate::memory::Memory;
-use crate::shelf::{must_be_root, run, shelf};
+use crate::shelf::{must_be_root, options, run, shelf};
+use crate::transport::{expected, switch};
 
+const SOON: Duration = Duration::from_secs(10);
 const DIRECTORY: &str = "AFTERIMAGE_TEST_SERVE";
 
 /// The killed daemon itself: serves a disk with an ext4 that is mounted and written, until its
@@ -25,7 +32,8 @@ fn serves_until_killed() {
     let disk = Memory::late(64 << 20, 512);
     let (tree, _forgotten) = shelf(&[("disk.img", &disk)]);
     let tree: Arc<dyn Tree> = tree;
-    let _mount = FuseMount::mount(tree, &directory.join("tree"), FuseOptions::default()).unwrap();
+    let mount = FuseMount::mount(tree, &directory.join("tree"), options()).unwrap();
+    assert_eq!(mount.transport(), expected());
     let device =
         LoopDevice::attach(&directory.join("tree/disk.img"), LoopOptions::default()).unwrap();
     run("mkfs.ext4", &["-q", device.path().to_str().unwrap()]);
@@ -33,7 +41,7 @@ fn serves_until_killed() {
         &device.path(),
         &directory.join("files"),
         FsKind::Ext4,
-        false,
+        MountFlags::default(),
     )
     .unwrap();
     println!("\nserving {}", device.path().display());
@@ -66,6 +74,7 @@ fn start(directory: &Path) -> (Child, String) {
 #[test]
 fn a_killed_daemons_mounts_and_devices_are_detached() {
     must_be_root();
+    let _switch = switch();
     let directory = tempfile::tempdir().unwrap();
     let (tree, files) = (
         directory.path().join("tree"),
@@ -95,6 +104,50 @@ fn a_killed_daemons_mounts_and_devices_are_detached() {
     let disk = Memory::new(1 << 20, 512);
     let (shelf, _forgotten) = shelf(&[("disk.img", &disk)]);
     let shelf: Arc<dyn Tree> = shelf;
-    let mut mount = FuseMount::mount(shelf, &tree, FuseOptions::default()).unwrap();
+    let mut mount = FuseMount::mount(shelf, &tree, options()).unwrap();
     mount.unmount().unwrap();
+}
+
+/// Reads one block again and again, past the page cache; tells of the first, and ends with the
+/// first error.
+fn read_until_error(device: &str, told: &Sender<()>) -> Instant {
+    const O_DIRECT: i32 = 0o40000;
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(O_DIRECT).open(device);
+    let file = file.unwrap();
+    let mut block = IoBuffer::zeroed(4096);
+    while file.read_exact_at(&mut block, 8192).is_ok() {
+        let _unheard = told.send(());
+    }
+    Instant::now()
+}
+
+#[test]
+fn users_of_a_killed_daemon_get_errors_within_a_second() {
+    must_be_root();
+    let _switch = switch();
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().join("tree");
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::create_dir(directory.path().join("files")).unwrap();
+    let (mut child, device) = start(directory.path());
+    let (tell, told) = channel();
+    let readers: Vec<_> = (0..4)
+        .map(|_| {
+            let (device, tell) = (device.clone(), tell.clone());
+            std::thread::spawn(move || read_until_error(&device, &tell))
+        })
+        .collect();
+    for _ in 0..100 {
+        told.recv_timeout(SOON).unwrap();
+    }
+    let killed = Instant::now();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for reader in readers {
+        let waited = reader.join().unwrap() - killed;
+        assert!(waited < Duration::from_secs(1), "{waited:?}");
+    }
+    detach_stale_under(&tree).unwrap();
+    assert!(detach_stale(&tree).unwrap());
 }

@@ -100,7 +100,7 @@ pub(super) async fn cert(
     Ok(())
 }
 
-fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)

@@ -82,7 +82,9 @@ fn lsns(range: &AddressableRange) -> String {
 /// Disks of machines as a table. Times and LSNs of a row are those of one range, all of which can
 /// be mounted; a disk has several when there is something between that cannot.
 pub(super) fn table(machines: &[MachineStatus]) -> String {
-    let mut table = Table::new(&["DISK", "SIZE", "STATE", "DONE", "FROM", "TO", "LSN", "WHY"]);
+    let mut table = Table::new(&[
+        "DISK", "SIZE", "NEEDS", "A DAY", "STATE", "DONE", "FROM", "TO", "LSN", "WHY",
+    ]);
     for machine in machines {
         for disk in &machine.disks {
             let mut ranges: Vec<&AddressableRange> = disk.addressable.iter().collect();
@@ -95,6 +97,8 @@ pub(super) fn table(machines: &[MachineStatus]) -> String {
             table.row([
                 format!("{}/{}", machine.name, disk.name),
                 output::bytes(disk.size_bytes),
+                known(disk.needed_bytes),
+                known(disk.written_per_day_bytes),
                 phase(disk.phase).to_owned(),
                 if is_moving {
                     output::percent(disk.done_bytes, disk.total_bytes)
@@ -107,11 +111,11 @@ pub(super) fn table(machines: &[MachineStatus]) -> String {
                 why(disk),
             ]);
             for range in older.iter().take(OLDER_RANGES_MAX) {
-                let mut cells = [const { String::new() }; 8];
+                let mut cells = [const { String::new() }; 10];
                 cells[0] = "  and before".to_owned();
-                cells[4] = output::time(range.first_time);
-                cells[5] = output::time(range.last_time);
-                cells[6] = lsns(range);
+                cells[6] = output::time(range.first_time);
+                cells[7] = output::time(range.last_time);
+                cells[8] = lsns(range);
                 table.row(cells);
             }
             if older.len() > OLDER_RANGES_MAX {
@@ -121,6 +125,10 @@ pub(super) fn table(machines: &[MachineStatus]) -> String {
         }
     }
     table.text()
+}
+
+fn known(bytes: Option<u64>) -> String {
+    bytes.map_or("-".to_owned(), output::bytes)
 }
 
 fn why(disk: &DiskStatus) -> String {
@@ -336,6 +344,8 @@ mod tests {
             has_copy: true,
             addressable: (1..=ranges).map(range).collect(),
             damage: Vec::new(),
+            needed_bytes: None,
+            written_per_day_bytes: None,
         };
         MachineStatus {
             machine: afterimage_blockdev::MachineId([3; 16]),

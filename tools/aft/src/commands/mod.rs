@@ -2,11 +2,14 @@
 
 mod admin;
 mod agent;
+mod branch;
 mod disk;
+mod files;
 mod job;
 mod live_line;
 mod machine;
 mod mount;
+mod nbd;
 mod offline;
 mod pace;
 mod point;
@@ -15,12 +18,14 @@ mod policy;
 mod progress;
 mod scrub;
 mod seed;
+mod space;
 mod status;
 mod store;
+mod vhost;
 
 use clap::CommandFactory;
 
-use crate::args::{Args, Command};
+use crate::args::{Args, Command, Global};
 use crate::client::Client;
 use crate::error::AftError;
 use crate::output::Output;
@@ -32,6 +37,7 @@ use crate::output::Output;
 pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
     let server = Client::server(&args.global);
     let agent = Client::agent(&args.global);
+    let host = host_of(&args.global);
     match args.command {
         Command::Status => status::status(&server, output).await,
         Command::Machine(command) => machine::run(command, &server, output).await,
@@ -39,11 +45,17 @@ pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
         Command::Agent(command) => agent::run(command, &server, &agent, output).await,
         Command::Point(command) => point::run(command, &server, output).await,
         Command::Policy(command) => policy::run(command, &server, output).await,
+        Command::Space(command) => space::space(command, &server, output).await,
+        Command::Quota(command) => space::quota(command, &server, output).await,
         Command::Mount(mount) => mount::mount(mount, &server, output).await,
         Command::Umount {
             target,
             drop_branch,
         } => mount::umount(&target, drop_branch, &server, output).await,
+        Command::Branch(command) => branch::run(command, &server, output).await,
+        Command::Nbd(command) => nbd::run(command, &server, host.as_deref(), output).await,
+        Command::Vhost(command) => vhost::run(command, &server, output).await,
+        Command::Files(command) => files::run(command, &server, output).await,
         Command::Mounts => mount::mounts(&server, output).await,
         Command::Store(command) => store::store(command, &server, output).await,
         Command::Log(command) => admin::log(command, &server, output).await,
@@ -59,4 +71,10 @@ pub async fn run(args: Args, output: &Output) -> Result<(), AftError> {
         }
         Command::Man => admin::man(output),
     }
+}
+
+/// The machine of an appliance elsewhere.
+fn host_of(global: &Global) -> Option<String> {
+    let (host, _) = global.server.as_deref()?.rsplit_once(':')?;
+    Some(host.to_owned())
 }

@@ -22,6 +22,7 @@ pub(super) async fn mount(
         device_only: args.device,
         is_branch: args.rw,
         allow_incomplete: args.allow_incomplete,
+        options: args.how.options(),
     };
     let mount: Mount = server.post("/v1/mounts", &request).await?;
     output.answer(&mount, || describe(&mount));
@@ -29,7 +30,7 @@ pub(super) async fn mount(
 }
 
 /// The daemon does not know where this shell stands.
-fn absolute(path: &Path) -> Result<String, AftError> {
+pub(super) fn absolute(path: &Path) -> Result<String, AftError> {
     let wrong = |why: String| AftError::new(ErrorClass::Refused, why, "");
     let path = std::path::absolute(path).map_err(|error| wrong(error.to_string()))?;
     path.to_str()
@@ -58,7 +59,12 @@ fn describe(mount: &Mount) -> String {
         text.push_str("what was asked for lies inside a batch; this is the state before it\n");
     }
     if mount.is_branch {
-        text.push_str(&format!("the branch is history {}\n", mount.history));
+        let name = mount.branch_name.as_deref().unwrap_or_default();
+        text.push_str(&format!(
+            "the branch is {}, history {}\n",
+            output::printable(name),
+            mount.history
+        ));
     }
     for note in &mount.notes {
         text.push_str(&output::printable(note));
@@ -134,8 +140,9 @@ pub(super) async fn umount(
         .await?;
     output.answer(&mount.id, || match (mount.is_branch, drop_branch) {
         (true, false) => format!(
-            "mount {} has ended; its branch stays as history {}",
-            mount.id, mount.history
+            "mount {} has ended; its branch {} stays",
+            mount.id,
+            output::printable(mount.branch_name.as_deref().unwrap_or_default())
         ),
         (true, true) => format!("mount {} has ended; its branch is dropped", mount.id),
         (false, _) => format!("mount {} has ended", mount.id),

@@ -84,6 +84,9 @@ fn rebuilt_text(rebuilt: &Rebuilt) -> String {
         rebuilt.points,
         rebuilt.points_of_marks
     );
+    if let Some(notes) = rebuilt.notes {
+        text.push_str(&format!("the newest notes are {notes}\n"));
+    }
     if let Some(kept) = &rebuilt.kept {
         text.push_str(&format!("the old manifest is in {}\n", kept.display()));
     }

@@ -31,6 +31,9 @@ fn text(status: &ServerStatus) -> String {
         output::bytes(status.free_bytes),
         output::time(status.now),
     );
+    if !status.space.text.is_empty() {
+        let _always_ok = writeln!(text, "space: {}\n", output::printable(&status.space.text));
+    }
     if let Some(line) = scrub_line(&status.scrub) {
         let _always_ok = writeln!(text, "{line}\n");
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::chain::Chain;
 use super::parts::LogEnds;
 use super::state::State;
-use super::{Finding, Store, parts};
+use super::{Finding, Store, notes, parts};
 use crate::error::AftError;
 
 /// What a check found.
@@ -100,6 +100,7 @@ pub(super) fn look(store: &Store, chain: &Chain, checked: &mut Checked) -> Resul
         ends.push((segment, found));
     }
     continuity(&ends, &state, &mut checked.findings);
+    notes::look(store, state.store, &mut checked.findings)?;
     Ok(state)
 }
 

@@ -152,6 +152,7 @@ fn describe_points(edit: &Edit) -> (&'static str, Value) {
                 "name": point.name}),
         ),
         Edit::PointDropped { point } => ("point dropped", json!({"point": point.0})),
+        Edit::Noted(noted) => ("noted", json!({"what": format!("{noted:?}")})),
         Edit::PointLocked { point, lock } => (
             "point locked",
             json!({"point": point.0, "until": output::time(lock.until)}),

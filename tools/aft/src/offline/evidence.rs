@@ -40,25 +40,37 @@ pub(super) struct Batch {
     pub(super) disks: BTreeSet<DiskId>,
 }
 
+/// A file of a seed segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct SeedFile {
+    pub(super) named: NamedSegment,
+    /// Number of the notes that tell what was left out of it; 0 for none.
+    pub(super) needs_notes: u32,
+}
+
 /// What segments say by themselves.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Evidence {
-    /// Sequence of the first commit of the log.
-    pub(super) first_sequence: Option<u64>,
+    /// Sequences of the first and last commit of each segment of the log.
+    ranges: Vec<(u64, u64)>,
+    /// Commits that are missing between two others: the last one, and what is to be said.
+    pub(super) gaps: Vec<(u64, Finding)>,
     /// Sequence of its last commit.
     pub(super) last_sequence: Option<u64>,
     /// Each history that wrote, its machine, and its highest LSN in the log.
     pub(super) histories: BTreeMap<HistoryId, (MachineId, Lsn)>,
+    /// Of each segment of the log the first LSN of each history, and its commit.
+    firsts: Vec<(u64, HistoryId, Lsn)>,
     /// The highest LSN of each history in runs.
     pub(super) in_runs: BTreeMap<HistoryId, Lsn>,
     /// Each disk that was written, and a history that did so.
     pub(super) disks: BTreeMap<DiskId, HistoryId>,
     pub(super) marks: Vec<Mark>,
     pub(super) batches: Vec<Batch>,
-    /// Seed segments that are whole, each in its newest generation.
-    pub(super) seeds: BTreeMap<SegmentId, NamedSegment>,
-    /// Seed segments of which no directory can be read.
-    pub(super) unreadable: BTreeSet<SegmentId>,
+    /// Seed segments of which the directory can be read, in all generations that are there.
+    pub(super) seeds: BTreeMap<SegmentId, Vec<SeedFile>>,
+    /// What is damaged of seed segments, by number and generation.
+    pub(super) of_seeds: Vec<(SegmentId, u32, Finding)>,
     pub(super) findings: Vec<Finding>,
 }
 
@@ -71,13 +83,17 @@ enum Note {
 
 impl Evidence {
     /// Reads all segments; of the seed segments only those in `named`, when it is given: what a
-    /// whole manifest does not name is left of work that was cut off.
+    /// whole manifest does not name is left of work that was cut off. `batches` are known.
     pub(super) fn gather(
         store: &Store,
         id: StoreId,
         named: Option<&BTreeMap<SegmentId, NamedSegment>>,
+        batches: Vec<Batch>,
     ) -> Result<Self, AftError> {
-        let mut evidence = Self::default();
+        let mut evidence = Self {
+            batches,
+            ..Self::default()
+        };
         let mut notes: Vec<(u64, Note)> = Vec::new();
         let mut last = None;
         for segment in log_segments(store)? {
@@ -134,6 +150,7 @@ impl Evidence {
     ) {
         let mut scan = SegmentScan::new(bytes, store, segment);
         let mut is_first = true;
+        let (mut begun, mut range) = (BTreeSet::new(), None);
         while let Some(item) = scan.step() {
             let Ok(commit) = item else { continue };
             let header = commit.header;
@@ -144,19 +161,26 @@ impl Evidence {
                 let before = header.segment_first.saturating_sub(1);
                 *last = last.map(|last| last.min(before));
             }
-            self.first_sequence.get_or_insert(header.sequence);
+            range.get_or_insert((header.sequence, 0)).1 = header.sequence;
             if let Some(last) = last.filter(|last| header.sequence > last.saturating_add(1)) {
                 let (from, to) = (last + 1, header.sequence - 1);
                 let what = format!("commits {from} to {to} before it are missing");
-                self.findings.push(Finding::new(name, header.offset, what));
+                let found = Finding::new(name, header.offset, what);
+                self.gaps.push((to, found));
             }
             *last = Some(header.sequence);
             for at in commit.frames {
                 if let Some(frame) = scan.frame(at) {
+                    let history = frame.header.identity.history;
+                    if begun.insert(history) {
+                        let first = (header.sequence, history, frame.header.first);
+                        self.firsts.push(first);
+                    }
                     self.read_frame(header.sequence, &frame, notes);
                 }
             }
         }
+        self.ranges.extend(range);
     }
 
     fn read_frame(&mut self, sequence: u64, frame: &FrameView<'_>, notes: &mut Vec<(u64, Note)>) {
@@ -196,10 +220,47 @@ impl Evidence {
         }
     }
 
+    /// Says whether a commit is in the log.
+    pub(super) fn has_commit(&self, sequence: u64) -> bool {
+        let mut ranges = self.ranges.iter();
+        ranges.any(|(first, last)| (*first..=*last).contains(&sequence))
+    }
+
+    /// The first commit of the segments of the log that hold any behind a sequence.
+    pub(super) fn begins_behind(&self, sequence: u64) -> Option<u64> {
+        let behind = self.ranges.iter().filter(|(_, last)| *last > sequence);
+        behind.map(|(first, _)| *first).min()
+    }
+
+    /// The first LSN of a history behind a commit of the log.
+    pub(super) fn first_behind(&self, history: HistoryId, sequence: u64) -> Option<Lsn> {
+        let found = self.firsts.iter();
+        let behind = found.filter(|(at, of, _)| *of == history && *at > sequence);
+        behind.min().map(|(_, _, lsn)| *lsn)
+    }
+
+    /// Says whether a history wrote in a commit of the log up to this one.
+    pub(super) fn wrote_by(&self, history: HistoryId, sequence: u64) -> bool {
+        let mut found = self.firsts.iter();
+        found.any(|(at, of, _)| *of == history && *at <= sequence)
+    }
+
+    /// A file of a seed segment, by its generation.
+    pub(super) fn seed(&self, segment: SegmentId, generation: u32) -> Option<SeedFile> {
+        let files = self.seeds.get(&segment)?;
+        let is_it = |file: &&SeedFile| file.named.generation == generation;
+        files.iter().find(is_it).copied()
+    }
+
     fn take(&mut self, note: Note) {
         match note {
             Note::Mark(mark) => self.marks.push(mark),
-            Note::Begin(batch) => self.batches.push(batch),
+            Note::Begin(batch) => {
+                let is_same =
+                    |known: &Batch| known.history == batch.history && known.begin == batch.begin;
+                self.batches.retain(|known| !is_same(known));
+                self.batches.push(batch);
+            }
             Note::End(history, number, lsn) => {
                 let mut open: Vec<_> = self
                     .batches
@@ -234,7 +295,8 @@ impl Evidence {
             Ok((footer, entries))
         });
         if let Err(damage) = check_header(bytes, store, segment) {
-            self.findings.push(Finding::new(name, 0, damage));
+            let found = Finding::new(name, 0, damage);
+            self.of_seeds.push((segment, generation, found));
         }
         match found {
             Ok((footer, entries)) => {
@@ -248,11 +310,15 @@ impl Evidence {
                     bytes: bytes.len() as u64,
                     root: footer.root,
                 };
-                self.seeds.insert(segment, named);
+                let needs_notes = footer.needs_notes;
+                self.seeds
+                    .entry(segment)
+                    .or_default()
+                    .push(SeedFile { named, needs_notes });
             }
             Err(damage) => {
-                self.findings.push(Finding::new(name, ends as u64, damage));
-                self.unreadable.insert(segment);
+                let found = Finding::new(name, ends as u64, damage);
+                self.of_seeds.push((segment, generation, found));
             }
         }
     }

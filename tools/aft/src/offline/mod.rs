@@ -7,12 +7,17 @@
 
 mod chain;
 mod check;
+mod complete;
 mod dump;
 mod edits;
 mod evidence;
+mod maps;
+mod marks;
+mod notes;
 mod parts;
 mod place;
 mod rebuild;
+mod source;
 mod state;
 mod verify;
 

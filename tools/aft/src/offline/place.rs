@@ -3,18 +3,18 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use afterimage_blockdev::ErrorClass;
-use afterimage_seed::manifest::{Edit, ManifestCommit, manifest_file};
+use afterimage_seed::manifest::{Edit, encode_state, manifest_file};
 
 use super::check::manifest_names;
 use super::rebuild::{Order, Rebuilt};
 use super::{Store, file_error, refused};
 use crate::error::AftError;
 
-/// Edits in one commit.
-const COMMIT_EDITS: usize = 256;
+/// Where the new manifest is made.
+const FRESH: &str = "manifest.rebuilt";
 /// What a copy of the store gets, besides segments.
 const COPIED: [&str; 5] = [
     "store.key",
@@ -24,48 +24,8 @@ const COPIED: [&str; 5] = [
     "ca",
 ];
 
-/// Lays a manifest file out: a snapshot, and an idle commit that proves it.
-fn lay_out(edits: &[Edit]) -> Result<Vec<u8>, AftError> {
-    let wrong = |damage: afterimage_cache::Damage| {
-        AftError::new(
-            ErrorClass::Corrupt,
-            format!("the new manifest: {damage}"),
-            "report it",
-        )
-    };
-    let mut bytes = Vec::new();
-    let (mut sequence, mut previous) = (1, [0; 32]);
-    let parts: Vec<_> = edits.chunks(COMMIT_EDITS).collect();
-    let count = parts.len();
-    for (place, part) in parts.into_iter().chain([&[][..]]).enumerate() {
-        let commit = ManifestCommit {
-            sequence,
-            previous,
-            is_snapshot: place < count,
-            ends_snapshot: place + 1 == count,
-            edits: part.to_vec(),
-        };
-        let (encoded, hash) = commit.encode_twice().map_err(wrong)?;
-        bytes.extend_from_slice(&encoded);
-        sequence += 1;
-        previous = hash;
-    }
-    Ok(bytes)
-}
-
-/// Writes the new manifest, and keeps the old one.
-pub(super) fn write(
-    store: &Store,
-    order: &Order,
-    edits: &[Edit],
-    rebuilt: &mut Rebuilt,
-) -> Result<(), AftError> {
-    let bytes = lay_out(edits)?;
-    let names = manifest_names(store)?;
-    let numbers = names
-        .iter()
-        .filter_map(|name| name.get(9..19)?.parse::<u32>().ok());
-    let number = numbers.max().unwrap_or(0).saturating_add(1);
+/// The directory that is to hold the rebuilt store, with copies of all segments if it is another.
+pub(super) fn prepare(store: &Store, order: &Order) -> Result<PathBuf, AftError> {
     let target = match &order.to {
         None => store.root.clone(),
         Some(to) => {
@@ -73,11 +33,34 @@ pub(super) fn write(
             to.clone()
         }
     };
-    let fresh = target.join("manifest.rebuilt");
+    let fresh = target.join(FRESH);
     if fresh.exists() {
         let message = format!("{} is left of a rebuild that was cut off", fresh.display());
         return Err(refused(message, "remove it, then try again"));
     }
+    Ok(target)
+}
+
+/// Writes the new manifest, whose commits are numbered from `sequence` on, and keeps the old one.
+pub(super) fn write(
+    store: &Store,
+    target: PathBuf,
+    (edits, sequence): (&[Edit], u64),
+    rebuilt: &mut Rebuilt,
+) -> Result<(), AftError> {
+    let bytes = encode_state(edits, sequence).map_err(|damage| {
+        AftError::new(
+            ErrorClass::Corrupt,
+            format!("the new manifest: {damage}"),
+            "report it",
+        )
+    })?;
+    let names = manifest_names(store)?;
+    let numbers = names
+        .iter()
+        .filter_map(|name| name.get(9..19)?.parse::<u32>().ok());
+    let number = numbers.max().unwrap_or(0).saturating_add(1);
+    let fresh = target.join(FRESH);
     make_directory(&fresh)?;
     let name = manifest_file(number);
     write_file(&fresh.join(name.base()), &bytes)?;
@@ -125,7 +108,7 @@ fn copy_store(store: &Store, to: &Path) -> Result<(), AftError> {
     sync_directory(to)
 }
 
-fn make_directory(path: &Path) -> Result<(), AftError> {
+pub(super) fn make_directory(path: &Path) -> Result<(), AftError> {
     let mut builder = fs::DirBuilder::new();
     let made = builder.recursive(true).mode(0o700).create(path);
     made.map_err(|error| file_error(path, &error))
@@ -137,7 +120,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<(), AftError> {
     synced.map_err(|error| file_error(to, &error))
 }
 
-fn write_file(path: &Path, bytes: &[u8]) -> Result<(), AftError> {
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), AftError> {
     let written = File::create_new(path).and_then(|mut file| {
         file.write_all(bytes)?;
         file.sync_all()
@@ -145,7 +128,7 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<(), AftError> {
     written.map_err(|error| file_error(path, &error))
 }
 
-fn sync_directory(path: &Path) -> Result<(), AftError> {
+pub(super) fn sync_directory(path: &Path) -> Result<(), AftError> {
     let synced = File::open(path).and_then(|directory| directory.sync_all());
     synced.map_err(|error| file_error(path, &error))
 }

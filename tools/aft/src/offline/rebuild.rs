@@ -1,35 +1,34 @@
-//! `aft store rebuild`: a manifest from what is left of one, and from segments.
+//! `aft store rebuild`: a manifest and a map from what is left of them, and from segments.
 //!
 //! Invariants
-//! * Only a store of which every version ever received is still there is rebuilt: the log begins
-//!   with its first commit, and no seed segment was rewritten or is missing. Otherwise points that
-//!   were dropped, or LSNs below a floor that is not known, would be shown with other content.
-//! * Keys of disks are in manifests only. What has none is left out, and named.
+//! * What is rebuilt is at least as new as the newest rewriting of a segment, and all of what that
+//!   left is there. Otherwise points that were dropped, or LSNs below a floor that is not known,
+//!   would be shown with other content.
+//! * Keys of disks are in manifests and notes only. What has none is left out, and named.
 //! * Nothing is removed or overwritten; an old manifest is kept under another name.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::PathBuf;
 
 use afterimage_blockdev::{DiskId, HistoryId, Lsn, MachineId, PointId, SegmentId, Timestamp};
-use afterimage_cache::{MarkKind, key};
-use afterimage_seed::manifest::{Edit, HistoryState, PointKind, PointRecord};
-use afterimage_seed::reference::{At, format_time};
+use afterimage_cache::key;
+use afterimage_seed::manifest::{Edit, HistoryState};
 use afterimage_seed::run::{RunId, parse_run_file};
 use serde::Serialize;
 
 use super::chain::Chain;
-use super::check::{check, first_header, newest_manifest, state_of};
-use super::evidence::Evidence;
-use super::place::write;
+use super::check::{check, first_header, state_of};
+use super::complete::{Resolved, SEED_BIT, must_know_all_bulk, resolve};
+use super::evidence::{Batch, Evidence};
+use super::maps::Maps;
+use super::marks::{next_point, points_of_marks};
+use super::notes::{newest_rest, read_rest};
+use super::place::{prepare, write};
+use super::source::Source;
 use super::state::State;
-use super::{Finding, Store, file_error, refused};
+use super::{Finding, Store, refused};
 use crate::error::AftError;
 
-/// Tells a segment of bulk blocks from one of the log.
-const SEED_BIT: u32 = 1 << 31;
-/// Longest name of a point that is taken over from a mark.
-const NAME_BYTES_MAX: usize = 128;
 /// What is to be rebuilt, and where.
 #[derive(Clone, Debug)]
 pub struct Order {
@@ -44,6 +43,8 @@ pub struct Order {
 pub struct Rebuilt {
     /// The data directory with the new manifest.
     pub directory: PathBuf,
+    /// Number of the newest notes, when there are any.
+    pub notes: Option<u32>,
     /// Where the old manifest is kept.
     pub kept: Option<PathBuf>,
     /// Edits that were taken over.
@@ -65,15 +66,16 @@ pub struct Rebuilt {
 /// # Errors
 /// When the result would show something wrong as right, or the medium fails.
 pub fn rebuild(store: &Store, order: &Order) -> Result<Rebuilt, AftError> {
-    let source = source(store, order)?;
-    let state = state_of(store, source.all_edits())?;
-    let is_whole = order.manifest.is_none() && source.is_whole();
-    let named = is_whole.then_some(&state.segments);
-    let evidence = Evidence::gather(store, state.store, named)?;
-    must_be_complete(&state, &evidence, is_whole)?;
-    if !is_whole {
+    let source = Source::choose(store, order.manifest.as_deref())?;
+    let state = state_of(store, source.chain.all_edits())?;
+    let named = source.is_whole.then_some(&state.segments);
+    let batches = known_batches(&source.chain);
+    let evidence = Evidence::gather(store, state.store, named, batches)?;
+    let resolved = resolve(&source, &state, &evidence)?;
+    if !source.is_whole {
         must_know_all_bulk(&source, &state, &evidence)?;
     }
+    let rest = rest(store, &source, &state, resolved.released)?;
     let secret = store.key().map_err(|why| {
         refused(
             format!("store.key: {why}"),
@@ -81,13 +83,35 @@ pub fn rebuild(store: &Store, order: &Order) -> Result<Rebuilt, AftError> {
         )
     })?;
     let mut rebuilt = Rebuilt {
-        findings: evidence.findings.clone(),
+        findings: findings(&source, &evidence, &resolved),
+        notes: source.notes.as_ref().map(|notes| notes.number),
         ..Rebuilt::default()
     };
-    let edits = edits(store, &source, &evidence, &secret, &mut rebuilt)?;
+    let known = Known {
+        source: &source.chain,
+        evidence: &evidence,
+        resolved: &resolved,
+    };
+    let mut edits = edits(store, &known, &secret, &mut rebuilt)?;
+    let target = prepare(store, order)?;
+    let mut maps = Maps {
+        store,
+        id: state.store,
+        target: &target,
+        histories: histories(&edits),
+        next_run: next_run(&edits),
+        edits: Vec::new(),
+    };
+    let destaged = resolved.seeds.iter();
+    let destaged = destaged.filter(|(segment, _)| segment.0 & SEED_BIT == 0);
+    maps.write_slots(&destaged.map(|(id, named)| (*id, *named)).collect())?;
+    if let Some((run, bytes)) = rest {
+        maps.write_rest(run, &bytes)?;
+    }
+    edits.append(&mut maps.edits);
     rebuilt.edits = edits.len();
-    rebuilt.segments = evidence.seeds.len();
-    write(store, order, &edits, &mut rebuilt)?;
+    rebuilt.segments = resolved.seeds.len();
+    write(store, target, (&edits, source.next_sequence), &mut rebuilt)?;
     let checked = match &order.to {
         None => check(store)?,
         Some(to) => check(&Store::open(to)?)?,
@@ -100,155 +124,108 @@ pub fn rebuild(store: &Store, order: &Order) -> Result<Rebuilt, AftError> {
     Ok(rebuilt)
 }
 
-/// The manifest to begin with.
-fn source(store: &Store, order: &Order) -> Result<Chain, AftError> {
-    let chain = match &order.manifest {
-        Some(path) => {
-            let bytes = fs::read(path).map_err(|error| file_error(path, &error))?;
-            Some(Chain::read(path.display().to_string(), &bytes))
-        }
-        None => newest_manifest(store, &mut Vec::new())?,
+/// Damage of what counts. Of what does not, some was never whole.
+fn findings(source: &Source, evidence: &Evidence, resolved: &Resolved) -> Vec<Finding> {
+    let counts = |segment: SegmentId, generation: u32| {
+        let named = resolved.seeds.get(&segment);
+        source.notes.is_none() || named.is_some_and(|named| named.generation == generation)
     };
-    let is_usable = |chain: &Chain| chain.all_edits().next().is_some();
-    chain.filter(is_usable).ok_or_else(|| {
-        refused(
-            "there is no manifest to begin with: the keys of the disks are nowhere else",
-            "name a copy of a manifest file of this store with --manifest, however old",
-        )
-    })
+    let of_seeds = evidence.of_seeds.iter();
+    let of_seeds = of_seeds.filter(|(segment, generation, _)| counts(*segment, *generation));
+    let of_seeds = of_seeds.map(|(_, _, found)| found.clone());
+    evidence.findings.iter().cloned().chain(of_seeds).collect()
 }
 
-/// Refuses when versions are gone that only runs and the newest manifest could tell of.
-fn must_be_complete(state: &State, evidence: &Evidence, is_whole: bool) -> Result<(), AftError> {
-    let daemon = "if the manifest is whole, afterimaged starts without this and says what is lost";
-    let (first, last) = (evidence.first_sequence, evidence.last_sequence);
-    if last.unwrap_or(0) < state.checkpoint {
-        let message = format!(
-            "the log ends at commit {}, and was applied up to commit {}: what followed is missing",
-            last.unwrap_or(0),
-            state.checkpoint
-        );
-        return Err(refused(
-            message,
-            "put its last segments back, then try again",
-        ));
+/// What of the map has no slot, when commits of the log are gone that told of it.
+fn rest(
+    store: &Store,
+    source: &Source,
+    state: &State,
+    released: u64,
+) -> Result<Option<(RunId, Vec<u8>)>, AftError> {
+    if released == 0 {
+        return Ok(None);
     }
-    for (history, high) in &evidence.in_runs {
-        let last = evidence
-            .histories
-            .get(history)
-            .map_or(Lsn::ZERO, |(_, last)| *last);
-        if *high > last {
-            let message = format!(
-                "the log ends at LSN {last} of history {history}, and runs hold it up to LSN \
-                 {high}: what followed is missing"
-            );
-            return Err(refused(
-                message,
-                "put its last segments back, then try again",
-            ));
+    let hint = "if the manifest is whole, afterimaged starts without this and says what is lost";
+    let found = source.rest(store)?;
+    let Some((run, through)) = found.filter(|(_, through)| *through >= released) else {
+        let known = found.map_or(0, |(_, through)| through);
+        let message = format!(
+            "the log was moved to seed segments up to commit {released}, and notes tell of its \
+             zeroes and discards up to commit {known} only: old data would be shown as new"
+        );
+        return Err(refused(message, hint));
+    };
+    match read_rest(store, state.store, (run, through))? {
+        Ok(bytes) => Ok(Some((run, bytes))),
+        Err(why) => {
+            let message = format!("{why}: without it old data would be shown as new");
+            Err(refused(message, "put the file back, then try again"))
         }
     }
-    if let Some(first) = first.filter(|first| *first > 1 && state.log_released == 0) {
-        let message = format!(
-            "the log begins with commit {first}: those before it are missing, or were moved to \
-             seed segments after this manifest was written"
-        );
-        return Err(refused(
-            message,
-            "put its first segments back, then try again",
-        ));
-    }
-    if state.log_released > 0 {
-        let message = format!(
-            "the log was moved to seed segments up to commit {}: zeroes, discards and sizes of \
-             that part are in runs only, so that old data would be shown as new",
-            state.log_released
-        );
-        return Err(refused(message, daemon));
-    }
-    if let Some(first) = evidence
-        .findings
-        .iter()
-        .find(|f| f.what.contains("are missing"))
-    {
-        let message = format!("{}: {}", first.file, first.what);
-        return Err(refused(message, "put the segment back, then try again"));
-    }
-    for (segment, named) in &evidence.seeds {
-        let is_named = state.segments.get(segment) == Some(named);
-        if named.generation > 0 && !(is_whole && is_named) {
-            let message = format!(
-                "seed segment {segment} was rewritten: versions were left out of it, and only the \
-                 newest manifest tells which points may still be shown"
-            );
-            return Err(refused(message, daemon));
-        }
-    }
-    for (segment, named) in &state.segments {
-        if evidence.seeds.get(segment) != Some(named) {
-            let message = format!(
-                "seed segment {segment} is missing or damaged: blocks that only it holds would \
-                 be shown as zeroes"
-            );
-            return Err(refused(message, "put the file back, then try again"));
-        }
-    }
-    Ok(())
 }
 
-/// Refuses when seed segments may be missing of which no manifest tells.
-fn must_know_all_bulk(source: &Chain, state: &State, evidence: &Evidence) -> Result<(), AftError> {
-    let highest_named = state.segments.keys().max().map_or(SEED_BIT, |id| id.0);
-    let numbers: BTreeSet<u32> = evidence.seeds.keys().map(|id| id.0).collect();
-    let highest = numbers
-        .last()
-        .copied()
-        .unwrap_or(SEED_BIT)
-        .max(highest_named);
-    let gap = (SEED_BIT + 1..=highest).find(|number| !numbers.contains(number));
-    if let Some(number) = gap {
-        let message = format!("seed segment {number} is missing, and nothing says why");
-        return Err(refused(message, "name a newer copy of the manifest"));
-    }
-    let known = known_through(source.edits());
-    for batch in &evidence.batches {
-        let known = known.get(&batch.history).copied().unwrap_or(Lsn::ZERO);
-        if batch.end == Lsn::ZERO || batch.end > known {
-            let message = format!(
-                "the copy of LSN {} of history {} is newer than this manifest, which knows it up \
-                 to LSN {known}: seed segments of it may be missing",
-                batch.begin, batch.history
-            );
-            return Err(refused(message, "name a newer copy of the manifest"));
+/// The batches that edits tell of; those of which the log may tell the end are open.
+fn known_batches(chain: &Chain) -> Vec<Batch> {
+    let mut batches: BTreeMap<(HistoryId, Lsn), Batch> = BTreeMap::new();
+    for edit in chain.all_edits() {
+        if let Edit::Batch(batch) = edit {
+            let known = Batch {
+                history: batch.history,
+                batch: batch.batch,
+                begin: batch.begin,
+                end: batch.end,
+                disks: batch.disks.iter().copied().collect(),
+            };
+            batches.insert((batch.history, batch.begin), known);
         }
     }
-    Ok(())
+    batches.into_values().collect()
 }
 
-/// Up to which LSN of each history the edits surely say everything about bulk blocks.
-fn known_through<'a>(edits: impl Iterator<Item = &'a Edit>) -> BTreeMap<HistoryId, Lsn> {
-    let mut known = BTreeMap::new();
+fn histories(edits: &[Edit]) -> BTreeSet<HistoryId> {
+    let mut histories = BTreeSet::new();
     for edit in edits {
-        let (history, lsn) = match edit {
-            Edit::HistoryState(state) => (state.history, state.last),
-            Edit::Point(point) => (point.history, point.lsn),
-            _ => continue,
-        };
-        let most: &mut Lsn = known.entry(history).or_default();
-        *most = lsn.max(*most);
+        match edit {
+            Edit::History { history, .. } => {
+                histories.insert(*history);
+            }
+            Edit::HistoryDropped { history } => {
+                histories.remove(history);
+            }
+            _ => {}
+        }
     }
-    known
+    histories
+}
+
+fn next_run(edits: &[Edit]) -> u32 {
+    let said = edits.iter().filter_map(|edit| match edit {
+        Edit::Store { next_run, .. } => Some(next_run.0),
+        _ => None,
+    });
+    said.max().unwrap_or(1)
+}
+
+/// All that edits are made of.
+struct Known<'a> {
+    source: &'a Chain,
+    evidence: &'a Evidence,
+    resolved: &'a Resolved,
 }
 
 /// The edits of the new manifest.
 fn edits(
     store: &Store,
-    source: &Chain,
-    evidence: &Evidence,
+    known: &Known<'_>,
     secret: &[u8; 32],
     rebuilt: &mut Rebuilt,
 ) -> Result<Vec<Edit>, AftError> {
+    let Known {
+        source,
+        evidence,
+        resolved,
+    } = known;
     let mut kept: Vec<Edit> = source
         .all_edits()
         .filter(|edit| is_kept(edit))
@@ -289,17 +266,10 @@ fn edits(
     }
     // Of a machine that is not known nothing can be shown.
     kept.retain(|edit| machine_of(edit).is_none_or(|machine| machines.contains(&machine)));
-    name_missing(evidence, &forks, &disks, &machines, rebuilt);
-    // A stale writer stays refused; how far the map goes is told by the log alone.
-    kept.extend(epochs.into_values().map(|state| {
-        Edit::HistoryState(HistoryState {
-            last: forks.get(&state.history).copied().unwrap_or(Lsn::ZERO),
-            highest_bulk: Lsn::ZERO,
-            time: Timestamp(0),
-            ..state
-        })
-    }));
-    kept.extend(evidence.seeds.iter().map(|(segment, named)| Edit::Segment {
+    let applied = State::of(source.all_edits()).checkpoint;
+    name_missing(evidence, applied, &forks, &disks, &machines, rebuilt);
+    kept.extend(known.covered(&forks, &epochs));
+    kept.extend(resolved.seeds.iter().map(|(segment, named)| Edit::Segment {
         segment: *segment,
         generation: named.generation,
         slot_count: named.slot_count,
@@ -321,21 +291,80 @@ fn edits(
     Ok(kept)
 }
 
+impl Known<'_> {
+    /// What the map holds before the log is applied. A stale writer stays refused.
+    fn covered(
+        &self,
+        forks: &BTreeMap<HistoryId, Lsn>,
+        epochs: &BTreeMap<HistoryId, HistoryState>,
+    ) -> Vec<Edit> {
+        let released = self.resolved.released;
+        let mut lasts = BTreeMap::new();
+        let mut edits = Vec::new();
+        for (history, state) in epochs {
+            let Some(fork) = forks.get(history) else {
+                continue;
+            };
+            let last = match self.evidence.first_behind(*history, released) {
+                _ if released == 0 => *fork,
+                Some(first) => state.last.min(Lsn(first.0.saturating_sub(1))),
+                None => state.last,
+            };
+            lasts.insert(*history, last);
+            let is_first = last <= *fork;
+            edits.push(Edit::HistoryState(HistoryState {
+                last,
+                highest_bulk: Lsn::ZERO,
+                time: if is_first { Timestamp(0) } else { state.time },
+                ..state.clone()
+            }));
+        }
+        if released == 0 {
+            return edits;
+        }
+        let last_of = |history: HistoryId| lasts.get(&history).copied().unwrap_or(Lsn::ZERO);
+        for edit in self.source.all_edits() {
+            match edit {
+                Edit::Batch(batch) if batch.begin <= last_of(batch.history) => {
+                    let mut batch = batch.clone();
+                    // Its end comes from the log.
+                    if batch.end > last_of(batch.history) {
+                        batch.end = Lsn::ZERO;
+                    }
+                    edits.push(Edit::Batch(batch));
+                }
+                Edit::Lost { history, last, .. } if *last <= last_of(*history) => {
+                    edits.push(edit.clone());
+                }
+                _ => {}
+            }
+        }
+        edits.push(Edit::Checkpoint {
+            log_sequence: released,
+        });
+        edits.push(Edit::LogReleased {
+            log_sequence: released,
+        });
+        edits
+    }
+}
+
 /// Says whether an edit still holds when the map is made anew.
 fn is_kept(edit: &Edit) -> bool {
-    matches!(
+    !matches!(
         edit,
-        Edit::Machine { .. }
-            | Edit::Disk { .. }
-            | Edit::History { .. }
-            | Edit::HistoryDropped { .. }
-            | Edit::Size { .. }
-            | Edit::Point(_)
-            | Edit::PointDropped { .. }
-            | Edit::Policy { .. }
-            | Edit::PointLocked { .. }
-            | Edit::Clock(_)
-            | Edit::Floor { .. }
+        Edit::Store { .. }
+            | Edit::Segment { .. }
+            | Edit::SegmentDropped { .. }
+            | Edit::LogReleased { .. }
+            | Edit::Run { .. }
+            | Edit::RunDropped { .. }
+            | Edit::Checkpoint { .. }
+            | Edit::BaseThrough { .. }
+            | Edit::HistoryState(_)
+            | Edit::Batch(_)
+            | Edit::Lost { .. }
+            | Edit::Noted(_)
     )
 }
 
@@ -348,9 +377,11 @@ fn machine_of(edit: &Edit) -> Option<MachineId> {
     }
 }
 
-/// Names what segments hold, and the manifest does not know.
+/// Names what segments hold, and the manifest does not know. Of what had been applied to the map
+/// when it was written, it knows that it was dropped.
 fn name_missing(
     evidence: &Evidence,
+    applied: u64,
     forks: &BTreeMap<HistoryId, Lsn>,
     disks: &BTreeSet<DiskId>,
     machines: &BTreeSet<MachineId>,
@@ -360,7 +391,7 @@ fn name_missing(
         if !machines.contains(machine) {
             let what = format!("machine {machine}: its name and keys are not known");
             rebuilt.missing.push(what);
-        } else if !forks.contains_key(history) {
+        } else if !forks.contains_key(history) && !evidence.wrote_by(*history, applied) {
             let what =
                 format!("history {history} of machine {machine}: where it forked is not known");
             rebuilt.missing.push(what);
@@ -372,93 +403,6 @@ fn name_missing(
     }
     rebuilt.missing.sort();
     rebuilt.missing.dedup();
-}
-
-/// Points for the marks of the log that are newer than what the manifest knows.
-fn points_of_marks(
-    evidence: &Evidence,
-    state: &State,
-    forks: &BTreeMap<HistoryId, Lsn>,
-    edits: &[Edit],
-) -> Vec<PointRecord> {
-    let known = known_through(edits.iter());
-    let mut names: BTreeSet<(MachineId, String)> = state
-        .points
-        .values()
-        .map(|point| (point.machine, point.name.clone()))
-        .collect();
-    let mut next = state
-        .points
-        .keys()
-        .max()
-        .map_or(1, |id| id.0.saturating_add(1));
-    next = next.max(next_point(edits));
-    let cuts: BTreeSet<_> = state
-        .points
-        .values()
-        .map(|point| (point.history, point.lsn))
-        .collect();
-    let mut points = Vec::new();
-    for mark in &evidence.marks {
-        let kind = match mark.kind {
-            MarkKind::Crash => PointKind::Crash,
-            MarkKind::Application => PointKind::Application,
-            MarkKind::Bookmark | MarkKind::Group => PointKind::Bookmark,
-            MarkKind::Heartbeat => continue,
-        };
-        let through = known.get(&mark.history).copied().unwrap_or(Lsn::ZERO);
-        // A mark inside a copy is no state of the source.
-        let is_inside = evidence.batches.iter().any(|batch| {
-            batch.history == mark.history
-                && batch.begin <= mark.lsn
-                && (batch.end == Lsn::ZERO || batch.end > mark.lsn)
-        });
-        let is_named = cuts.contains(&(mark.history, mark.lsn));
-        if mark.lsn <= through || is_named || is_inside || !forks.contains_key(&mark.history) {
-            continue;
-        }
-        let id = PointId(next);
-        next = next.saturating_add(1);
-        let generated = format!("{}-{}", kind.name(), format_time(mark.time));
-        let given = core::str::from_utf8(&mark.name)
-            .ok()
-            .filter(|name| is_name(name));
-        let mut name = given.map_or_else(|| generated.clone(), str::to_owned);
-        if names.contains(&(mark.machine, name.clone())) {
-            name = format!("{generated}-{id}");
-        }
-        names.insert((mark.machine, name.clone()));
-        points.push(PointRecord {
-            id,
-            machine: mark.machine,
-            history: mark.history,
-            lsn: mark.lsn,
-            time: mark.time,
-            kind,
-            locked_until: Timestamp(0),
-            name,
-        });
-    }
-    points
-}
-
-fn is_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() <= NAME_BYTES_MAX
-        && !name.starts_with(['.', '-'])
-        && !name
-            .chars()
-            .any(|c| c.is_control() || matches!(c, '/' | '@'))
-        && matches!(name.parse::<At>(), Ok(At::Name(_)))
-}
-
-fn next_point(edits: &[Edit]) -> u64 {
-    let said = edits.iter().filter_map(|edit| match edit {
-        Edit::Store { next_point, .. } => Some(next_point.0),
-        Edit::Point(point) => Some(point.id.0.saturating_add(1)),
-        _ => None,
-    });
-    said.max().unwrap_or(1)
 }
 
 /// The store's own edit: no number that may have been named is given out again.
@@ -497,8 +441,12 @@ fn first_edit(store: &Store, source: &Chain, kept: &[Edit]) -> Result<Edit, AftE
             Edit::Run { run, .. } => Some(run.0.saturating_add(1)),
             _ => None,
         });
-        let found = store.parsed("runs", parse_run_file)?;
-        let found = found.into_iter().map(|run| run.0.saturating_add(1));
+        let noted = newest_rest(store)?.map(|(run, _)| run);
+        let found = store
+            .parsed("runs", parse_run_file)?
+            .into_iter()
+            .chain(noted);
+        let found = found.map(|run| run.0.saturating_add(1));
         *next_run = RunId(named.chain(found).max().unwrap_or(1));
         let after = next_point(&all().cloned().collect::<Vec<_>>());
         *point = PointId(after.max(point.0));

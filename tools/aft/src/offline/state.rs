@@ -26,6 +26,10 @@ pub(super) struct State {
     /// All commits of the log up to here were applied once.
     pub(super) checkpoint: u64,
     pub(super) parents: BTreeMap<HistoryId, (HistoryId, Lsn)>,
+    /// How far runs hold each history.
+    pub(super) covered: BTreeMap<HistoryId, Lsn>,
+    /// Numbers of segments below this one were given out.
+    pub(super) next_segment: u32,
 }
 
 impl State {
@@ -39,7 +43,14 @@ impl State {
 
     fn apply(&mut self, edit: &Edit) {
         match edit {
-            Edit::Store { store, .. } => self.store = *store,
+            Edit::Store {
+                store,
+                next_segment,
+                ..
+            } => {
+                self.store = *store;
+                self.next_segment = self.next_segment.max(next_segment.0);
+            }
             Edit::Segment {
                 segment,
                 generation,
@@ -72,6 +83,13 @@ impl State {
             }
             Edit::Checkpoint { log_sequence } => {
                 self.checkpoint = self.checkpoint.max(*log_sequence);
+            }
+            Edit::HistoryDropped { history } => {
+                self.parents.remove(history);
+                self.covered.remove(history);
+            }
+            Edit::HistoryState(state) => {
+                self.covered.insert(state.history, state.last);
             }
             Edit::LogReleased { log_sequence } => self.log_released = *log_sequence,
             Edit::History {

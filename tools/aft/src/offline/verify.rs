@@ -12,7 +12,7 @@ use afterimage_seed::verify::{Verification, verify_file};
 
 use super::check::{Checked, log_segments, look, newest_manifest};
 use super::state::State;
-use super::{Finding, Store, file_error};
+use super::{Finding, Store, file_error, notes};
 use crate::error::AftError;
 
 /// How far a verification is, and the order to stop. Shared with whoever watches it.
@@ -97,6 +97,9 @@ fn files(
     }
     for run in state.runs.keys() {
         files.push((StoreFile::Run(*run), run_file(*run).to_string()));
+    }
+    for file in notes::files(store)? {
+        files.push((StoreFile::Notes(file), file.name().to_string()));
     }
     Ok(files)
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use afterimage_blockdev::ErrorClass;
-use afterimage_protocol::rest::server::{CreateMount, Mount};
+use afterimage_protocol::rest::server::{CreateMount, Mount, MountOptions};
 
 use crate::client::Client;
 use crate::error::AftError;
@@ -27,6 +27,7 @@ impl View {
             device_only: true,
             is_branch: false,
             allow_incomplete,
+            options: MountOptions::default(),
         };
         let mount: Mount = server.post("/v1/mounts", &request).await?;
         match backing_file(&mount.device) {
