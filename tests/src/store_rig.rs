@@ -288,7 +288,7 @@ impl StoreRig {
             | StorageOp::SetLength { file, .. } => {
                 self.opened.get(file).cloned().unwrap_or_default()
             }
-            StorageOp::Capacity => String::new(),
+            StorageOp::Capacity { .. } => String::new(),
         };
         self.under_way.insert(token, directory);
     }

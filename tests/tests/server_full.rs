@@ -200,3 +200,63 @@ fn short_budget() {
     assert_equal_devices(&kept, &view.device);
     view.close();
 }
+
+/// The log on a small file system of its own, segments on another: what does not fit into the cache
+/// is destaged, and both come back after a kill.
+#[test]
+fn log_and_segments_on_two_file_systems() {
+    require(&["fio", "blockdev"]);
+    let outer = Scene::directory();
+    let data = outer.path().join("data");
+    std::fs::create_dir_all(data.join("log")).unwrap();
+    let file = outer.path().join("log.img");
+    sparse(&file, 300 * MIB);
+    let device = LoopFile::new(&file);
+    run(
+        "mkfs.ext4",
+        &["-q".as_ref(), "-m0".as_ref(), device.device.as_os_str()],
+    );
+    let _log = FsMount::new(&device.device, &data.join("log"), "");
+    let setup = Setup {
+        server: format!("segment_bytes = {}\ncache_bytes = {}\n", 17 * MIB, 68 * MIB),
+        data_dir: Some(data.clone()),
+        ..Setup::default()
+    };
+    let mut scene = Scene::start(&setup);
+    let source = scene.image("disk.img", 64 * MIB);
+    let tapped = scene.attach(&source, "root");
+    scene.protect("root");
+    let then = scene.root.join("then.img");
+    for round in 0..3 {
+        noise_over(&tapped, 64 * MIB);
+        scene.caught_up();
+        if round == 0 {
+            std::fs::copy(&source, &then).unwrap();
+            let made = scene.aft(&["point", "create", "web1", "--name", "then"]);
+            assert_eq!(made.code, 0, "{made:?}");
+        }
+    }
+    let of_log = || -> u64 {
+        let files = std::fs::read_dir(data.join("log")).unwrap();
+        files
+            .map(|file| file.unwrap().metadata().unwrap().len())
+            .sum()
+    };
+    until("the log to fit into its cache", || of_log() <= 7 * 17 * MIB);
+    scene.kill_server();
+    scene.start_server();
+    scene.connected();
+    scene.caught_up();
+    scene.assert_replica_equals("root");
+    let view = scene.view("web1/root@then");
+    assert_equal_devices(&then, &view.device);
+    view.close();
+}
+
+/// Writes what cannot be compressed over the begin of a device.
+fn noise_over(device: &Path, bytes: u64) {
+    let mut file = File::options().write(true).open(device).unwrap();
+    let mut random = File::open("/dev/urandom").unwrap().take(bytes);
+    std::io::copy(&mut random, &mut file).unwrap();
+    file.sync_all().unwrap();
+}

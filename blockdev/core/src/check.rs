@@ -25,7 +25,7 @@ impl StorageOp {
             Self::Remove { .. } => "remove",
             Self::List { .. } => "list",
             Self::SyncDirectory { .. } => "sync-directory",
-            Self::Capacity => "capacity",
+            Self::Capacity { .. } => "capacity",
         }
     }
 
@@ -58,7 +58,9 @@ impl StorageOp {
         match self {
             Self::Create { name } | Self::Open { name } | Self::Remove { name } => name.as_str(),
             Self::Rename { from, .. } => from.as_str(),
-            Self::List { directory } | Self::SyncDirectory { directory } => directory,
+            Self::List { directory }
+            | Self::SyncDirectory { directory }
+            | Self::Capacity { directory } => directory,
             _ => "",
         }
     }

@@ -163,8 +163,13 @@ fn check_bytes(storage: &dyn Storage) {
         "cut bytes do not come back"
     );
     wait::storage(storage, StorageOp::Sync { file }).unwrap();
-    let StorageOutcome::Capacity(room) = wait::storage(storage, StorageOp::Capacity).unwrap()
-    else {
+    let StorageOutcome::Capacity(room) = wait::storage(
+        storage,
+        StorageOp::Capacity {
+            directory: String::new(),
+        },
+    )
+    .unwrap() else {
         panic!("capacity gave something else")
     };
     assert!(room.free_bytes <= room.total_bytes && room.total_bytes > 0);

@@ -154,11 +154,14 @@ pub enum StorageOp {
         /// The directory; empty for the root.
         directory: String,
     },
-    /// Asks for the room on the medium.
-    Capacity,
+    /// Asks for the room of the file system that holds a directory, or will hold it.
+    Capacity {
+        /// The directory; empty for the root.
+        directory: String,
+    },
 }
 
-/// Room on the medium, in bytes.
+/// Room of a file system, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Capacity {
     /// All of it.

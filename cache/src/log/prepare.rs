@@ -109,7 +109,8 @@ impl Log {
             return;
         }
         self.prepare.step = Step::Capacity;
-        self.submit(Pending::Prepare, StorageOp::Capacity, out);
+        let directory = self.options.directory.clone();
+        self.submit(Pending::Prepare, StorageOp::Capacity { directory }, out);
     }
 
     /// Uses a released file again, under a new name and generation.

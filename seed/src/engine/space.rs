@@ -208,6 +208,13 @@ pub struct SpaceInfo {
     pub machines: Vec<MachineSpace>,
 }
 
+impl Space {
+    /// Says whether so much was free when that was last asked.
+    pub(super) fn has_free(&self, bytes: u64) -> bool {
+        self.room.is_some_and(|room| room.free_bytes >= bytes)
+    }
+}
+
 impl Engine {
     pub(super) fn active_log_segment(&self) -> Option<(SegmentId, u64)> {
         let sealed = self.log.sealed_segments();
@@ -233,7 +240,8 @@ impl Engine {
     /// Asks how much room the medium has.
     pub(super) fn ask_room(&mut self, out: &mut Vec<Output>) {
         if !core::mem::replace(&mut self.space.is_asking, true) {
-            self.submit(Owner::Space, StorageOp::Capacity, out);
+            let directory = "segments".to_owned();
+            self.submit(Owner::Space, StorageOp::Capacity { directory }, out);
         }
     }
 

@@ -319,7 +319,8 @@ impl Engine {
             Some(Wanted::Seed(segment)) => self.seed_name(*segment),
             None => {
                 self.order_timelines();
-                self.start_ask(Step::Capacity, StorageOp::Capacity, out);
+                let directory = "segments".to_owned();
+                self.start_ask(Step::Capacity, StorageOp::Capacity { directory }, out);
                 return;
             }
         };

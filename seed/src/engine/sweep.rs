@@ -53,6 +53,8 @@ pub(super) struct Sweep {
     next_requests: Vec<RequestId>,
     /// Somebody waits for room.
     is_needed: bool,
+    /// The log is longer than its cache.
+    is_log_long: bool,
     /// The medium is full: nothing but what gives room.
     is_pressed: bool,
 }
@@ -68,6 +70,23 @@ impl Engine {
     /// Somebody waits for room.
     pub(super) fn lacks_room(&self) -> bool {
         self.is_paused.is_some() || self.bulk.waits_for_room()
+    }
+
+    /// Says whether the log holds more that is sealed than its cache may.
+    fn is_log_long(&self) -> bool {
+        if self.options.cache_bytes == u64::MAX {
+            return false;
+        }
+        let sealed = self.log.sealed_segments().into_iter();
+        let staged = sealed.filter(|sealed| !self.seed_segments.contains_key(&sealed.segment));
+        staged.map(|sealed| sealed.bytes).sum::<u64>() > self.options.cache_bytes
+    }
+
+    /// Says whether the file system of the segments had room when it was last asked: the log may
+    /// be full on one of its own.
+    fn has_segment_room(&self) -> bool {
+        let needed = self.options.reserve_bytes + 2 * self.options.segment_bytes;
+        self.space.has_free(needed)
     }
 
     /// Something may have become collectable: the next collection that is needed need not wait.
@@ -93,9 +112,11 @@ impl Engine {
         let lacks_room = self.lacks_room();
         let is_needed = is_retry && (lacks_room || self.is_budget_short());
         // Where only the budget ends, there is room to work with.
-        let is_pressed = is_needed && lacks_room && self.is_paused != Some(true);
+        let is_pressed =
+            is_needed && lacks_room && self.is_paused != Some(true) && !self.has_segment_room();
         let is_asked = !self.sweep.next_requests.is_empty();
-        let is_wanted = is_asked || self.quotas_want_sweep();
+        let is_log_long = is_retry && self.is_log_long();
+        let is_wanted = is_asked || is_log_long || self.quotas_want_sweep();
         if self.now < self.next_sweep && !is_needed && !is_wanted {
             out.push(Output::WakeAt(self.next_sweep));
             return;
@@ -113,6 +134,7 @@ impl Engine {
         self.sweep = Sweep {
             step: Step::Yield,
             is_needed,
+            is_log_long,
             sequence: self.applied_sequence,
             requests: core::mem::take(&mut self.sweep.next_requests),
             is_pressed,
@@ -241,6 +263,9 @@ impl Engine {
         self.notes.sweep_ends();
         self.sweep.next_requests = sweep.next_requests;
         self.quotas_swept(out);
+        if sweep.is_log_long && !sweep.is_needed {
+            self.sweep_retry_at = Some(self.now.after(self.options.retry));
+        }
         if sweep.is_needed {
             // When nobody can give anything, looking again soon is of no use.
             let wait = self.options.retry * (1 << self.idle_sweeps.min(IDLE_DOUBLINGS));

@@ -354,8 +354,9 @@ fn start_store(
     let root = state.path("spool");
     let storage = RealStorage::open(&root, RealOptions::default())
         .map_err(AgentError::file("open", &root))?;
-    let capacity =
-        afterimage_blockdev::wait::storage(&*storage, afterimage_blockdev::StorageOp::Capacity)?;
+    let directory = String::new();
+    let ask = afterimage_blockdev::StorageOp::Capacity { directory };
+    let capacity = afterimage_blockdev::wait::storage(&*storage, ask)?;
     let total = match capacity {
         afterimage_blockdev::StorageOutcome::Capacity(capacity) => capacity.total_bytes,
         _ => 0,

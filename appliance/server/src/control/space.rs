@@ -28,9 +28,16 @@ pub(super) struct Page {
     limit: Option<usize>,
 }
 
-/// Bytes that a file system gives to the files below a directory, mounts left out.
+/// Parts of the data directory that may be file systems of their own.
+const PARTS: &[&str] = &["log", "manifest", "runs", "segments"];
+
+/// Bytes that file systems give to the files below a data directory; what is mounted there besides
+/// parts of the store is left out.
 fn disk_bytes(directory: &Path) -> std::io::Result<u64> {
-    let device = std::fs::metadata(directory)?.dev();
+    let device_of = |path: &Path| std::fs::metadata(path).map(|found| found.dev());
+    let mut devices = vec![device_of(directory)?];
+    let parts = PARTS.iter().map(|part| directory.join(part));
+    devices.extend(parts.filter_map(|part| device_of(&part).ok()));
     let mut left: Vec<PathBuf> = vec![directory.to_owned()];
     let mut bytes = 0;
     while let Some(directory) = left.pop() {
@@ -41,7 +48,7 @@ fn disk_bytes(directory: &Path) -> std::io::Result<u64> {
             let Ok(found) = std::fs::symlink_metadata(&path) else {
                 continue;
             };
-            if found.dev() != device {
+            if !devices.contains(&found.dev()) {
                 continue;
             }
             if found.is_dir() {

@@ -23,10 +23,16 @@ pub use files::{Cut, FileCommand, StoreFiles};
 pub use space::SpaceFigures;
 pub use start::{EngineSettings, start};
 
-/// All bytes and free bytes of the medium; zeroes when it does not say.
+/// All bytes and free bytes of the medium that has less of them free, that of the log or that of the
+/// segments; zeroes when neither says.
 fn room(storage: &dyn Storage) -> (u64, u64) {
-    match wait::storage(storage, StorageOp::Capacity) {
-        Ok(StorageOutcome::Capacity(room)) => (room.total_bytes, room.free_bytes),
-        _ => (0, 0),
-    }
+    let room_of = |directory: &str| {
+        let directory = directory.to_owned();
+        match wait::storage(storage, StorageOp::Capacity { directory }) {
+            Ok(StorageOutcome::Capacity(room)) => Some((room.total_bytes, room.free_bytes)),
+            _ => None,
+        }
+    };
+    let rooms = ["log", "segments"].into_iter().filter_map(room_of);
+    rooms.min_by_key(|(_, free)| *free).unwrap_or((0, 0))
 }

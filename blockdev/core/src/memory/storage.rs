@@ -173,7 +173,7 @@ impl State {
                     self.names.keys().filter(inside).cloned().collect(),
                 ))
             }
-            StorageOp::Capacity => {
+            StorageOp::Capacity { .. } => {
                 let free_bytes = capacity_bytes.saturating_sub(self.used_bytes());
                 Ok(StorageOutcome::Capacity(Capacity {
                     total_bytes: capacity_bytes,

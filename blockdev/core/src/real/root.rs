@@ -139,8 +139,12 @@ impl Root {
         }
     }
 
-    pub(super) fn capacity(&self) -> io::Result<Capacity> {
-        let (total_bytes, free_bytes) = file::capacity(self.descriptor.as_raw_fd())?;
+    pub(super) fn capacity(&self, directory: &str) -> io::Result<Capacity> {
+        let at = match self.directory(directory, false) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.descriptor.try_clone()?,
+            result => result?,
+        };
+        let (total_bytes, free_bytes) = file::capacity(at.as_raw_fd())?;
         Ok(Capacity {
             total_bytes,
             free_bytes,

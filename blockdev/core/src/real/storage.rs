@@ -288,7 +288,9 @@ impl Shared {
             StorageOp::Remove { name } => root.remove(name).map(done),
             StorageOp::List { directory } => root.list(directory).map(StorageOutcome::Listed),
             StorageOp::SyncDirectory { directory } => root.sync_directory(directory).map(done),
-            StorageOp::Capacity => root.capacity().map(StorageOutcome::Capacity),
+            StorageOp::Capacity { directory } => {
+                root.capacity(directory).map(StorageOutcome::Capacity)
+            }
             StorageOp::Close { .. }
             | StorageOp::Read { .. }
             | StorageOp::Write { .. }

@@ -361,9 +361,13 @@ fn a_full_medium_says_so_and_recovers() {
             assert!(matches!(full, StorageErrorKind::NoSpace), "{full:?}");
             wait::storage(&*storage, StorageOp::SetLength { file, length: 0 }).unwrap();
             write(&*storage, file, 0, &[1; 4096]);
-            let StorageOutcome::Capacity(room) =
-                wait::storage(&*storage, StorageOp::Capacity).unwrap()
-            else {
+            let StorageOutcome::Capacity(room) = wait::storage(
+                &*storage,
+                StorageOp::Capacity {
+                    directory: String::new(),
+                },
+            )
+            .unwrap() else {
                 panic!("capacity gave something else")
             };
             assert_eq!(room.total_bytes, 1 << 20);

@@ -422,7 +422,7 @@ impl State {
                 self.medium.sync_directory(&directory, number);
                 Ok(StorageOutcome::Done)
             }
-            StorageOp::Capacity => {
+            StorageOp::Capacity { .. } => {
                 let total_bytes = self.options.capacity_bytes;
                 let free_bytes = total_bytes.saturating_sub(self.medium.used_bytes());
                 Ok(StorageOutcome::Capacity(Capacity {

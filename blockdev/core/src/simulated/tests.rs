@@ -270,7 +270,13 @@ fn the_order_is_random_and_repeats() {
         let storage = SimulatedStorage::new(seed, options);
         let to = record();
         for index in 0..50 {
-            storage.submit(Token(index), StorageOp::Capacity, to.clone());
+            storage.submit(
+                Token(index),
+                StorageOp::Capacity {
+                    directory: String::new(),
+                },
+                to.clone(),
+            );
         }
         storage.run_until_idle();
         to.0.lock()
