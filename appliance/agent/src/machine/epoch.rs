@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use afterimage_blockdev::{BatchId, Epoch, Lsn};
 use afterimage_cache::{BatchKind, FrameIdentity, RecordKind};
+use parking_lot::MutexGuard;
 
 use super::{Disk, Machine};
 use crate::error::AgentError;
@@ -63,6 +64,12 @@ impl Machine {
         Draft::note(RecordKind::BatchBegin(kind), batch, 0, note)
     }
 
+    /// Keeps the present epoch from being given up while the guard lives; says its generation.
+    pub(crate) fn hold_epoch(&self) -> (MutexGuard<'_, ()>, u64) {
+        let guard = self.restarting.lock();
+        (guard, self.generation())
+    }
+
     /// Lets the present epoch begin: its first record, and a batch of the disks in need.
     pub(super) fn begin_epoch(&self) -> Result<(), AgentError> {
         let first = self.order.next();
@@ -84,6 +91,7 @@ impl Machine {
         self.bridge.flows();
         let ids = disks.iter().map(|disk| disk.id).collect();
         *self.begun.lock() = batch.zip(last).map(|(batch, lsn)| Begun {
+            generation: self.generation(),
             batch,
             lsn,
             disks: ids,
@@ -117,7 +125,7 @@ impl Machine {
         self.order.reserve(reserved);
         self.store.restart(epoch, self.acknowledged());
         self.admission.leave(dropped_bytes);
-        self.outbox.clear();
+        self.outbox.clear(self.generation());
         for disk in self.disks() {
             if let Some(capture) = disk.tap.as_ref().and_then(|tap| tap.captured_by()) {
                 capture.activity.taint_marked();

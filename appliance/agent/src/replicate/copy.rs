@@ -25,6 +25,8 @@ const CELL: u64 = CELL_BYTES as u64;
 /// A block that a source cannot give is tried again so late.
 const SOURCE_RETRY: Duration = Duration::from_secs(1);
 
+const NEW_EPOCH: &str = "a new epoch began";
+
 /// A question on its way.
 struct Asked {
     number: u64,
@@ -34,7 +36,6 @@ struct Asked {
 /// The state of one batch.
 struct Batch {
     begun: Begun,
-    generation: u64,
     /// What was compared or copied, with the count of taints before.
     settled: Vec<(Arc<Disk>, Vec<Range<u64>>, u64)>,
 }
@@ -58,10 +59,8 @@ impl Copier {
 
     /// Copies until every disk of the batch is equal, then ends the batch.
     pub(super) fn copy(&mut self, begun: Begun) -> Result<(), GivenUp> {
-        let generation = self.machine.generation();
         let mut batch = Batch {
             begun,
-            generation,
             settled: Vec::new(),
         };
         let result = self.work(&mut batch);
@@ -98,8 +97,8 @@ impl Copier {
         if self.machine.is_stopping() {
             return Err(GivenUp("the agent stops"));
         }
-        if self.machine.generation() != batch.generation {
-            return Err(GivenUp("a new epoch began"));
+        if self.machine.generation() != batch.begun.generation {
+            return Err(GivenUp(NEW_EPOCH));
         }
         Ok(())
     }
@@ -136,6 +135,9 @@ impl Copier {
             self.check(batch)?;
             match plan::begin(&self.machine) {
                 Ok(Some(begun)) => {
+                    if begun.generation != batch.begun.generation {
+                        return Err(GivenUp(NEW_EPOCH));
+                    }
                     batch.begun.batch = begun.batch;
                     batch.begun.lsn = begun.lsn;
                     for disk in begun.disks {
@@ -412,8 +414,9 @@ impl Copier {
             .set_effort(effort_for(waiting, pipeline.captured_bytes_max, level));
         let identity = self.machine.order().identity();
         let frame = seal_bulk(&mut self.sealers, identity, records);
-        self.check(batch)?;
-        self.machine.outbox().push_bulk(batch.begun.lsn, frame);
+        self.machine
+            .outbox()
+            .push_bulk(batch.begun.generation, batch.begun.lsn, frame);
         Ok(())
     }
 

@@ -29,6 +29,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A batch whose begin has its place in the order.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Begun {
+    /// The generation of the machine's epoch that it is of.
+    pub generation: u64,
     /// Its name.
     pub batch: BatchId,
     /// LSN of the record that begins it.

@@ -25,6 +25,8 @@ struct State {
     questions: BTreeMap<u64, Question>,
     answers: BTreeMap<u64, Vec<bool>>,
     changes: u64,
+    /// Bulk of other generations of the machine's epoch is not taken.
+    generation: u64,
 }
 
 /// See the module's text.
@@ -49,10 +51,14 @@ impl Outbox {
         }
     }
 
-    /// Adds a bulk frame that may leave once the record at `after` has.
-    pub fn push_bulk(&self, after: Lsn, frame: Frame) {
+    /// Adds a bulk frame that may leave once the record at `after` has. One of a generation that
+    /// was given up is dropped: the record that begins its batch never leaves.
+    pub fn push_bulk(&self, generation: u64, after: Lsn, frame: Frame) {
         {
             let mut state = self.state.lock();
+            if state.generation != generation {
+                return;
+            }
             let number = state.number();
             state.bulk_bytes += frame.bytes.len();
             state.bulk.insert(
@@ -137,10 +143,11 @@ impl Outbox {
         self.nudge();
     }
 
-    /// Gives everything up.
-    pub fn clear(&self) {
+    /// Gives everything up; from now on it takes what is of this generation.
+    pub fn clear(&self, generation: u64) {
         {
             let mut state = self.state.lock();
+            state.generation = generation;
             state.bulk.clear();
             state.bulk_bytes = 0;
             state.questions.clear();
@@ -176,5 +183,49 @@ impl State {
         let number = self.next_number;
         self.next_number += 1;
         number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use afterimage_blockdev::{AgentId, BatchId, DiskId, Epoch, HistoryId, MachineId, Timestamp};
+    use afterimage_cache::{FrameBuilder, FrameIdentity, RecordHeader, RecordKind};
+
+    use super::*;
+
+    fn bulk_frame() -> Frame {
+        let identity = FrameIdentity {
+            machine: MachineId([1; 16]),
+            history: HistoryId([2; 16]),
+            origin: AgentId([3; 16]),
+            epoch: Epoch(1),
+        };
+        let header = RecordHeader {
+            kind: RecordKind::EpochStart,
+            lsn: Lsn(5),
+            previous: Lsn::ZERO,
+            time: Timestamp(1),
+            disk: DiskId::NIL,
+            offset: 0,
+            length: 0,
+            batch: BatchId(0),
+            argument: 0,
+        };
+        let mut builder = FrameBuilder::new(identity, false);
+        builder.push_note(&header, &[]);
+        builder.finish()
+    }
+
+    #[test]
+    fn bulk_of_an_epoch_that_was_given_up_never_leaves() {
+        let outbox = Outbox::new(Box::new(|| {}));
+        outbox.push_bulk(0, Lsn(5), bulk_frame());
+        assert!(outbox.next_bulk(0).is_some());
+        outbox.clear(1);
+        outbox.push_bulk(0, Lsn(5), bulk_frame());
+        assert!(outbox.next_bulk(0).is_none());
+        assert_eq!(outbox.bulk_bytes(), 0);
+        outbox.push_bulk(1, Lsn(9), bulk_frame());
+        assert!(outbox.next_bulk(0).is_some());
     }
 }

@@ -22,6 +22,8 @@ pub(super) fn next(machine: &Machine) -> Option<Begun> {
 /// Begins a batch for all disks in need; `None` when there are none. Lets the flow begin again when
 /// it had stopped and what was held is sent.
 pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
+    // The batch and the record that begins it are of one epoch.
+    let (epoch, generation) = machine.hold_epoch();
     let is_flowing = machine.order().is_flowing();
     if !is_flowing && !machine.can_flow() {
         return Err(GivenUp("what was recorded is not sent yet"));
@@ -47,6 +49,7 @@ pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
     })?;
     let draft = (!disks.is_empty()).then(|| machine.batch_begin(batch, &disks));
     let lsn = machine.flow_again(draft);
+    drop(epoch);
     // From here on every write of these disks comes after the record that begins the batch.
     for (disk, capture) in waiting {
         if let Some(tap) = &disk.tap {
@@ -67,5 +70,10 @@ pub(super) fn begin(machine: &Machine) -> Result<Option<Begun>, GivenUp> {
     // Records of growth that found no flow.
     machine.record_growth();
     let disks = disks.iter().map(|disk| disk.id).collect();
-    Ok(lsn.map(|lsn| Begun { batch, lsn, disks }))
+    Ok(lsn.map(|lsn| Begun {
+        generation,
+        batch,
+        lsn,
+        disks,
+    }))
 }
