@@ -425,7 +425,7 @@ mod tests {
 
     #[test]
     fn the_store_agrees_with_the_model_after_every_crash() {
-        let report = crash_campaign(1, 600);
+        let report = crash_campaign(1, 3000);
         let missing = report.missing(MUST_OCCUR);
         assert!(missing.is_empty(), "never happened: {missing:?}\n{report}");
     }
