@@ -32,14 +32,11 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
     let mut machines = all_machines(&appliance, &engine, now);
     add_space(&mut machines, &figures);
     let mut health = Health::default();
-    for (name, why) in figures.waiting() {
-        health.red(format!("machine {name}: its ingest waits: {why}"));
-    }
-    for (_, text) in figures.warnings(appliance.config.control.space_warning()) {
-        health.yellow(text);
-    }
     if let Some(refusal) = &engine.paused {
         health.red(format!("ingest is paused: {refusal}"));
+    }
+    for (name, why) in figures.waiting() {
+        health.red(format!("machine {name}: its ingest waits: {why}"));
     }
     if let Some(ahead) = engine.clock_ahead {
         health.red(format!(
@@ -55,6 +52,9 @@ pub(super) async fn status(State(appliance): State<Arc<Appliance>>) -> Answer<Se
              lists all",
             scrub.damage.len()
         ));
+    }
+    for (_, text) in figures.warnings(appliance.config.control.space_warning()) {
+        health.yellow(text);
     }
     for machine in &machines {
         judge(
