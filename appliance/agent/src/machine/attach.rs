@@ -194,6 +194,7 @@ impl Machine {
 
     /// Writes the disks down, and those that were attached once.
     pub(super) fn save_disks(&self) -> Result<(), AgentError> {
+        let _saving = self.saving_disks.lock();
         let mut saved = SavedDisks::load(&self.state)?;
         for disk in self.disks() {
             let now = disk.saved.lock().clone();

@@ -86,6 +86,8 @@ pub struct Machine {
     changing: Mutex<()>,
     /// Serialises restarts of the epoch.
     restarting: Mutex<()>,
+    /// One at a time reads and writes the file of the disks.
+    saving_disks: Mutex<()>,
     replicator: Mutex<Option<JoinHandle<()>>>,
     keeper: Mutex<Option<JoinHandle<()>>>,
     watcher: Mutex<Option<JoinHandle<()>>>,

@@ -132,6 +132,7 @@ impl Machine {
             waiting_captures: Mutex::default(),
             changing: Mutex::default(),
             restarting: Mutex::default(),
+            saving_disks: Mutex::default(),
             replicator: Mutex::default(),
             keeper: Mutex::default(),
             watcher: Mutex::default(),
