@@ -23,8 +23,8 @@ pub use files::{Cut, FileCommand, StoreFiles};
 pub use space::SpaceFigures;
 pub use start::{EngineSettings, start};
 
-/// All bytes and free bytes of the medium that has less of them free, that of the log or that of the
-/// segments; zeroes when neither says.
+/// All bytes and free bytes of the file system that has less of them free, that of the log or that
+/// of the segments; zeroes when neither says.
 fn room(storage: &dyn Storage) -> (u64, u64) {
     let room_of = |directory: &str| {
         let directory = directory.to_owned();
