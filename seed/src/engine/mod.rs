@@ -198,6 +198,7 @@ pub struct Engine {
     pace: pace::Pace,
     /// What the store takes besides the log, in bytes.
     kept_bytes: u64,
+    shortage: pressure::Shortage,
     /// How often each machine's window was halved for lack of room.
     halvings: BTreeMap<MachineId, u32>,
     rewrite: Option<rewrite::Rewrite>,
@@ -299,6 +300,7 @@ impl Engine {
             reserve: reserve::Reserve::default(),
             reserve_retry_at: None,
             kept_bytes: 0,
+            shortage: pressure::Shortage::default(),
             pace: pace::Pace::default(),
             halvings: BTreeMap::new(),
             rewrite: None,
@@ -371,6 +373,7 @@ impl Engine {
                 self.take_frame(stream, None, frame, out);
             }
             Input::Bulk(stream, number, frame) if self.phase == Phase::Running => {
+                self.note_ingest();
                 self.take_frame(stream, Some(number), frame, out);
             }
             // What is not acknowledged is sent again.

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use afterimage_blockdev::{MachineId, PointId};
+use afterimage_blockdev::{MachineId, Monotonic, PointId};
 
 use super::points::is_generated_name;
 use super::retention::Applied;
@@ -30,7 +30,40 @@ pub(super) const HALVINGS_MAX: u32 = 16;
 /// Part of a machine's points that goes in one step.
 const POINTS_PART: usize = 8;
 
+/// How long what is known of a shortage counts.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What runs short, as it was seen last: looking goes through all segments, which no frame of
+/// ingest should pay for.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Shortage {
+    next_look: Monotonic,
+    is_budget_short: bool,
+    is_log_long: bool,
+}
+
 impl Engine {
+    /// Looks again at what runs short, when the last look is old.
+    pub(super) fn look_for_shortage(&mut self) {
+        if self.now >= self.shortage.next_look {
+            self.shortage = Shortage {
+                next_look: self.now.after(LOOK_EVERY),
+                is_budget_short: self.is_budget_used(),
+                is_log_long: self.is_log_used(),
+            };
+        }
+    }
+
+    /// Says whether the budget was nearly used up.
+    pub(super) fn is_budget_short(&self) -> bool {
+        self.shortage.is_budget_short
+    }
+
+    /// Says whether the log held more that is sealed than its cache may.
+    pub(super) fn is_log_long(&self) -> bool {
+        self.shortage.is_log_long
+    }
+
     /// The journal window that a machine gets now.
     pub(super) fn journal_window(&self, machine: MachineId) -> Duration {
         let window = self.policy_of(machine).policy.journal_window;
@@ -66,10 +99,20 @@ impl Engine {
         self.options.budget_bytes.saturating_sub(used)
     }
 
-    /// Says whether the budget is nearly used up.
-    pub(super) fn is_budget_short(&self) -> bool {
+    /// Says whether the budget is nearly used up now.
+    pub(super) fn is_budget_used(&self) -> bool {
         let budget = self.options.budget_bytes;
         budget != u64::MAX && self.budget_left() < budget / SHORT_PART
+    }
+
+    /// Says whether the log holds more that is sealed than its cache may.
+    fn is_log_used(&self) -> bool {
+        if self.options.cache_bytes == u64::MAX {
+            return false;
+        }
+        let sealed = self.log.sealed_segments().into_iter();
+        let staged = sealed.filter(|sealed| !self.seed_segments.contains_key(&sealed.segment));
+        staged.map(|sealed| sealed.bytes).sum::<u64>() > self.options.cache_bytes
     }
 
     /// Lets go what windows have left behind since the timer last looked.

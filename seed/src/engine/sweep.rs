@@ -72,16 +72,6 @@ impl Engine {
         self.is_paused.is_some() || self.bulk.waits_for_room()
     }
 
-    /// Says whether the log holds more that is sealed than its cache may.
-    fn is_log_long(&self) -> bool {
-        if self.options.cache_bytes == u64::MAX {
-            return false;
-        }
-        let sealed = self.log.sealed_segments().into_iter();
-        let staged = sealed.filter(|sealed| !self.seed_segments.contains_key(&sealed.segment));
-        staged.map(|sealed| sealed.bytes).sum::<u64>() > self.options.cache_bytes
-    }
-
     /// Says whether the file system of the segments had room when it was last asked: the log may
     /// be full on one of its own.
     fn has_segment_room(&self) -> bool {
@@ -102,6 +92,7 @@ impl Engine {
 
     /// Begins a collection by the clock, on request, or when there is no room.
     pub(super) fn sweep_when_due(&mut self, out: &mut Vec<Output>) {
+        self.look_for_shortage();
         if self.sweep.step != Step::Idle {
             return self.sweep_on(out);
         }
@@ -272,7 +263,7 @@ impl Engine {
             let at = self.now.after(wait);
             self.sweep_retry_at = Some(at);
             out.push(Output::WakeAt(at));
-            let gave_room = !self.lacks_room() && !self.is_budget_short();
+            let gave_room = !self.lacks_room() && !self.is_budget_used();
             self.vain_sweeps = if gave_room { 0 } else { self.vain_sweeps + 1 };
         }
         out.push(Output::Event(Event::Collected(sweep.done)));
